@@ -1,0 +1,1 @@
+"""heyvm: sandboxes over HTTP, on one machine."""

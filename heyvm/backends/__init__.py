@@ -1,0 +1,1 @@
+"""The ways of running sandboxes, by the name that a request uses."""

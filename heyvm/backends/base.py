@@ -1,0 +1,83 @@
+"""The contract between the domain and a way of running sandboxes. Knows no HTTP, SQL, slug or TTL."""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from heyvm.errors import Unsupported
+from heyvm.models import Mount, Sandbox
+
+State = Mapping[str, Any]
+
+
+class Backend(ABC):
+    """A backend keeps nothing in memory that it could not lose: `sandbox.state` is its note.
+
+    Every method may be called from several processes; the caller holds the sandbox's lock for all
+    but `poll`, `connect` and `stop(grace=0)`, which may be called at any time.
+    """
+
+    name: str
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `Unavailable`, naming what is missing and the command that mends it."""
+
+    @abstractmethod
+    def allocate(self, taken: frozenset[int]) -> int | None:
+        """A free base for the sandbox's range of ids, or None where it has none of its own."""
+
+    @abstractmethod
+    def start(
+        self, sandbox: Sandbox, record: Callable[[State], None], *, visit: bool = False
+    ) -> socket.socket:
+        """Bring up a box whose agent has said hello and waits for *go*; return that connection.
+
+        `record(state)` is called once, before this returns and before anything in the box runs:
+        it must write the note durably (or raise, which ends the box). Directories are made where
+        missing. `visit`: the same layers and mounts with no claim to be the running sandbox, for
+        work on the files of a stopped one; it dies with the returned connection.
+        Undoes its half-work before raising `BackendFailed`, `Unavailable` or `StorageFull`.
+        """
+
+    @abstractmethod
+    def stop(self, sandbox: Sandbox, *, grace: float) -> None:
+        """Ask every process to end, wait `grace` seconds, kill what is left; files stay.
+
+        `grace=0` kills at once. Returns when no process of it is left. Twice is fine.
+        """
+
+    @abstractmethod
+    def destroy(self, sandbox: Sandbox) -> None:
+        """Kill it and remove every trace, found from the id alone; the disk is free on return."""
+
+    @abstractmethod
+    def poll(self, sandbox: Sandbox) -> str | None:
+        """None while the agent's process lives, else the reason why it does not (for a person)."""
+
+    @abstractmethod
+    def connect(self, sandbox: Sandbox, timeout: float = 5.0) -> socket.socket:
+        """A fresh byte stream to the agent. Raises `BackendFailed` where nobody answers."""
+
+    @abstractmethod
+    def log_directory(self, sandbox: Sandbox) -> str:
+        """The host directory that the agent writes its log files in. Hostile: open beneath it."""
+
+    def change_mounts(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
+        """Change a running sandbox's mounts now: True; False: only a start can."""
+        raise Unsupported(f"backend {self.name} cannot change the mounts of a running sandbox")
+
+    @abstractmethod
+    def sweep(self, known: frozenset[str]) -> list[str]:
+        """Remove what belongs to no sandbox of `known` (ids): left-overs of a crash. Their names.
+
+        Called by the keeper only, with the ids of every row that is not deleted, read *after*
+        `inventory()`: a sandbox made meanwhile is in both or in neither.
+        """
+
+    @abstractmethod
+    def inventory(self) -> frozenset[str]:
+        """The ids of which there is any trace on this machine (directory, socket, cgroup, box)."""

@@ -1,0 +1,161 @@
+"""The values that the domain speaks in. All frozen; times are seconds since the epoch (UTC)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Status(enum.StrEnum):
+    """The public word for where a sandbox is in its life."""
+
+    PROVISIONING = "provisioning"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    PAUSED = "paused"
+    FAILED = "failed"
+
+
+LIVE = frozenset({Status.PROVISIONING, Status.RUNNING, Status.STOPPING, Status.PAUSED})
+INACTIVE = frozenset({Status.STOPPED, Status.FAILED})
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A directory of the host inside a sandbox. `pending`: it takes effect at the next start."""
+
+    host_path: str
+    sandbox_path: str
+    read_only: bool = False
+    pending: bool = False
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """One row of the registry. `state` is its backend's private note (JSON), never shown."""
+
+    id: str
+    name: str
+    slug: str
+    status: Status
+    status_changed_at: float
+    created_at: float
+    backend_type: str
+    image_resolved: str
+    sandbox_type: str = "shell"
+    image: str | None = None
+    ttl_seconds: int | None = None
+    expires_at: float | None = None
+    started_at: float | None = None
+    start_command: str | None = None
+    working_directory: str = "/workspace"
+    open_ports: tuple[int, ...] = ()
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    setup_hooks: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    error_message: str | None = None
+    warnings: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    id_base: int | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CreateSpec:
+    """What a create asked for, already checked for type and form by the API."""
+
+    name: str | None = None
+    slug: str | None = None
+    sandbox_type: str = "shell"
+    image: str | None = None
+    backend_type: str | None = None
+    ttl_seconds: int | None = None
+    start_command: str | None = None
+    working_directory: str = "/workspace"
+    open_ports: tuple[int, ...] = ()
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+    setup_hooks: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    unknown_fields: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExecRequest:
+    """One command. `args` empty or None: see processes.argv_of for when a shell reads `command`."""
+
+    command: str
+    args: tuple[str, ...] | None = None
+    cwd: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
+    stdin: bytes | None = None
+    timeout_seconds: float | None = None
+    max_output_bytes: int = 10 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """What became of a command. Streams are the raw bytes; `output` is both as they arrived."""
+
+    output: bytes
+    stdout: bytes
+    stderr: bytes
+    exit_code: int
+    duration_ms: int
+    timed_out: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One entry of a listing. `path` is relative to the mount; names are raw bytes decoded with
+    surrogateescape. `type`: file, directory, symlink, fifo, socket, device."""
+
+    name: str
+    path: str
+    type: str
+    size: int
+    mode: int
+    modified_at: float
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file (or a tar) on its way out. `size` is None for a tar. Close `chunks` when done early."""
+
+    info: FileInfo
+    size: int | None
+    etag: str | None
+    chunks: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """`level` is None where the message names none."""
+
+    timestamp: float
+    source: str
+    message: str
+    level: str | None = None
+
+
+@dataclass(frozen=True)
+class LogPage:
+    """`total` counts the entries that match, before paging; `logs` are oldest first."""
+
+    logs: Sequence[LogEntry]
+    total: int
+    limit: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """`cursor` asks for the next page; None on the last."""
+
+    sandboxes: Sequence[Sandbox]
+    cursor: str | None = None

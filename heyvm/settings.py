@@ -1,0 +1,165 @@
+"""Every setting that the environment can give, read once into one frozen value."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from heyvm.errors import Misconfigured
+
+TRUE = frozenset({"1", "true", "yes", "on"})
+FALSE = frozenset({"", "0", "false", "no", "off"})
+DEFAULT_MOUNT_ROOTS = ("/home", "/srv", "/mnt", "/media", "/opt", "/tmp", "/var/tmp")
+SHORT_SECRET_BYTES = 32  # RFC 7518 section 3.2: a key for HS256 has at least the hash's size
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: what it is called, what it is without, what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+KNOWN = (
+    Setting("JWT_SECRET", "", "HS256 key; set, every route but /health needs a bearer token"),
+    Setting("JWT_AUDIENCE", "", "the `aud` that a token must carry"),
+    Setting("API_HOSTNAME", "", "a Host (and everything below it) that requests may name"),
+    Setting("AUTH_SERVER_URL", "", "`/auth/*` is forwarded there"),
+    Setting("HEYVM_DATA_DIR", "/var/lib/heyvm, or ~/.heyo", "registry, sandboxes, logs"),
+    Setting("HEYVM_RUN_DIR", "/run/heyvm, or $XDG_RUNTIME_DIR/heyvm", "sockets and locks"),
+    Setting("HEYVM_ALLOW_OPEN", "0", "1: answer other machines without JWT_SECRET"),
+    Setting("HEYVM_STRICT_IMAGES", "0", "1: an image that is not here is always a 422"),
+    Setting("HEYVM_MAX_SANDBOXES", "unlimited", "how many sandboxes may exist"),
+    Setting("HEYVM_MAX_UPLOAD_BYTES", "unlimited", "the largest upload, in bytes"),
+    Setting("HEYVM_MOUNT_ROOTS", ":".join(DEFAULT_MOUNT_ROOTS) + " and ~", "where mounts may lie"),
+    Setting("HEYVM_MOUNT_SYSTEM_IDS", "0", "1: directories of system users (uid 1-999) writable"),
+)
+# Asked for by the guide or by earlier configurations; what they turn on is not built yet.
+NOT_YET = {
+    "S3_ENABLED": "mounts are not kept in S3",
+    "S3_BUCKET": "mounts are not kept in S3",
+    "MSB_API_KEY": "there is no msb backend",
+    "MSB_SERVER_HOST": "there is no msb backend",
+    "API_HOSTNAME": "there are no proxy endpoints; the name is only accepted as Host",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server was told. Build it with `from_env`; tests may build it field by field."""
+
+    data_dir: Path
+    run_dir: Path
+    jwt_secret: str | None = None
+    jwt_audience: str | None = None
+    api_hostname: str | None = None
+    auth_server_url: str | None = None
+    allow_open: bool = False
+    strict_images: bool = False
+    max_sandboxes: int | None = None
+    max_upload_bytes: int | None = None
+    mount_roots: tuple[Path, ...] = tuple(Path(root) for root in DEFAULT_MOUNT_ROOTS)
+    mount_system_ids: bool = False
+    debug: bool = False
+    notices: tuple[str, ...] = ()
+
+
+def from_env(environ: Mapping[str, str]) -> Settings:
+    """Read the environment. Raises `Misconfigured` for a value with which nobody may start.
+
+    `notices` are lines to print at start: unknown names, weak secrets, what is not built yet.
+    """
+    data_dir = Path(environ.get("HEYVM_DATA_DIR") or default_data_dir(environ)).absolute()
+    secret = environ.get("JWT_SECRET")
+    if secret is not None and not secret.strip():
+        raise Misconfigured("JWT_SECRET is set but empty: give it a value, or unset it")
+    dev = _flag(environ, "HEYVM_DEV")
+    return Settings(
+        data_dir=data_dir,
+        run_dir=_run_dir(environ, data_dir),
+        jwt_secret=secret,
+        jwt_audience=environ.get("JWT_AUDIENCE") or None,
+        api_hostname=(environ.get("API_HOSTNAME") or "").strip().strip(".").lower() or None,
+        auth_server_url=environ.get("AUTH_SERVER_URL")
+        or ("http://localhost:3001" if dev else None),
+        allow_open=_flag(environ, "HEYVM_ALLOW_OPEN"),
+        strict_images=_flag(environ, "HEYVM_STRICT_IMAGES"),
+        max_sandboxes=_count(environ, "HEYVM_MAX_SANDBOXES"),
+        max_upload_bytes=_count(environ, "HEYVM_MAX_UPLOAD_BYTES"),
+        mount_roots=_mount_roots(environ),
+        mount_system_ids=_flag(environ, "HEYVM_MOUNT_SYSTEM_IDS"),
+        debug=_flag(environ, "HEYVM_DEBUG"),
+        notices=tuple(_notices(environ, secret)),
+    )
+
+
+def default_data_dir(environ: Mapping[str, str]) -> str:
+    """`/var/lib/heyvm` for root, else `.heyo` in the user's home."""
+    if os.geteuid() == 0:
+        return "/var/lib/heyvm"
+    return os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".heyo")
+
+
+def _run_dir(environ: Mapping[str, str], data_dir: Path) -> Path:
+    """Sockets and locks: short (a unix socket's path has at most 107 bytes), gone after a reboot,
+    and one for each data directory, so that two servers never meet."""
+    if given := environ.get("HEYVM_RUN_DIR"):
+        return Path(given).absolute()
+    mark = hashlib.sha256(os.fsencode(os.path.realpath(data_dir))).hexdigest()[:8]
+    if os.geteuid() == 0:
+        return Path("/run/heyvm", mark)
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime, "heyvm", mark)
+    return Path(f"/tmp/heyvm-{os.geteuid()}", mark)
+
+
+def _mount_roots(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    given = environ.get("HEYVM_MOUNT_ROOTS")
+    if given is not None:
+        return tuple(Path(root) for root in given.split(":") if root)
+    home = os.path.expanduser("~")
+    return tuple(Path(root) for root in (*DEFAULT_MOUNT_ROOTS, home))
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "").strip().lower()
+    if value not in TRUE | FALSE:
+        raise Misconfigured(f"{name} is {value!r}: say 1 or 0")
+    return value in TRUE
+
+
+def _count(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name, "").strip()
+    if value in ("", "unlimited"):
+        return None
+    if not value.isascii() or not value.isdigit():
+        raise Misconfigured(f"{name} is {value!r}: say a whole number, or leave it out")
+    return int(value)
+
+
+def _notices(environ: Mapping[str, str], secret: str | None) -> list[str]:
+    lines = [
+        f"{name} is set, but {why}" for name, why in NOT_YET.items() if environ.get(name)
+    ]
+    known = {setting.name for setting in KNOWN} | {"HEYVM_DEBUG", "HEYVM_DEV"} | INTERNAL
+    for name in sorted(environ):
+        if name.startswith("HEYVM_") and name not in known:
+            near = difflib.get_close_matches(name, known - INTERNAL, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{name} is not a setting that heyvm knows{hint}")
+    if secret is not None and len(secret.encode()) < SHORT_SECRET_BYTES:
+        lines.append(
+            f"JWT_SECRET has {len(secret.encode())} bytes: fine to try things with, but a key that"
+            f" cannot be guessed has at least {SHORT_SECRET_BYTES} (openssl rand -hex 32)"
+        )
+    return lines
+
+
+# Set by heyvm for its own processes.
+INTERNAL = frozenset({"HEYVM_HOST", "HEYVM_PORT", "HEYVM_WORKERS", "HEYVM_ALIVE_FD"})
