@@ -1,0 +1,209 @@
+"""The `heyvm` command: starts the server, checks the machine, makes tokens. Knows no sandbox."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from heyvm import __version__
+from heyvm.errors import HeyvmError, Misconfigured
+from heyvm.serving import DEFAULT_HOST, DEFAULT_PORT, DEFAULT_WORKERS, EXIT_MISCONFIGURED
+
+EPILOG = """\
+settings come from the environment: JWT_SECRET, HEYVM_DATA_DIR and more (README.md)
+
+exit codes:
+  0  done; for --api: it was asked to end (Ctrl-C, SIGTERM)
+  1  it could not: the port is taken, no sandbox can run (doctor)
+  2  called wrongly, or a setting has a value with which nothing may start
+"""
+UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+DEFAULT_EXPIRY = "30d"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line. What it returns is the exit code."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] | None = options.command
+    try:
+        if command is not None:
+            return command(options)
+        if options.api:
+            return serve(options)
+    except HeyvmError as wrong:
+        print(f"heyvm: {wrong.detail}", file=sys.stderr)
+        return EXIT_MISCONFIGURED
+    if needless := _server_flags(options):
+        parser.error(f"{needless} is for the server: add --api")
+    parser.print_help()
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; docs/operating.md prints its help, and a test compares them."""
+    parser = argparse.ArgumentParser(
+        prog="heyvm",
+        description="Sandboxes over HTTP, on one machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=None)
+    parser.add_argument("--version", action="version", version=f"heyvm {__version__}")
+    server = parser.add_argument_group("server")
+    server.add_argument("--api", action="store_true", help="start the API server")
+    server.add_argument(
+        "--port", type=_port, metavar="PORT", help=f"port to listen on (default: {DEFAULT_PORT})"
+    )
+    server.add_argument(
+        "--host", metavar="ADDRESS", help=f"address to listen on (default: {DEFAULT_HOST}, all)"
+    )
+    server.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help=f"processes that answer requests (default: {DEFAULT_WORKERS})",
+    )
+    server.add_argument(
+        "--debug",
+        action="store_true",
+        help="say each request, agent call and lifecycle step on stderr, without secrets",
+    )
+    server.add_argument(
+        "--dev", action="store_true", help="AUTH_SERVER_URL defaults to http://localhost:3001"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_doctor(commands)
+    _add_token(commands)
+    return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that this machine can run sandboxes, by running one",
+        description="Check everything that a sandbox needs, then make one, run a command in it"
+        " and delete it. Each line says what is, and what to do about it. Exit code 0: the"
+        " sandbox ran; 1: it did not.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the checks as a JSON array")
+    doctor.set_defaults(command=diagnose)
+
+
+def _add_token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    token = commands.add_parser(
+        "token",
+        help="print a bearer token signed with JWT_SECRET",
+        description="Print a bearer token (a JWT, HS256) signed with JWT_SECRET.",
+    )
+    token.add_argument("--subject", metavar="S", help="whose token it is (claim sub)")
+    token.add_argument(
+        "--audience", metavar="A", help="what it is for (claim aud; default: JWT_AUDIENCE)"
+    )
+    token.add_argument(
+        "--expires-in",
+        type=_duration,
+        default=DEFAULT_EXPIRY,
+        metavar="TIME",
+        help=f"how long it is good: 90s, 15m, 12h, {DEFAULT_EXPIRY} (default), 4w, or never",
+    )
+    token.set_defaults(command=print_token)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Become gunicorn. Does not return unless that fails."""
+    # `app` and `wsgi` are found from here, whatever lies in the directory that it was called in.
+    root = Path(__file__).resolve().parent.parent
+    environ = _server_environ(options)
+    os.chdir(root)
+    command = [sys.executable, "-m", "gunicorn", "-c", "python:heyvm.serving", "wsgi:app"]
+    os.execve(sys.executable, command, environ)
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    """`heyvm doctor`"""
+    from heyvm import doctor, settings
+
+    return doctor.run(settings.from_env(os.environ), as_json=options.json)
+
+
+def print_token(options: argparse.Namespace) -> int:
+    """`heyvm token`"""
+    import jwt
+
+    from heyvm import settings
+
+    known = settings.from_env(os.environ)
+    if known.jwt_secret is None:
+        raise Misconfigured("JWT_SECRET is not set: give the one that the server has")
+    for notice in known.notices:
+        print(f"heyvm: {notice}", file=sys.stderr)
+    now = int(time.time())
+    claims = {
+        "sub": options.subject,
+        "aud": options.audience or known.jwt_audience,
+        "iat": now,
+        "exp": None if options.expires_in is None else now + options.expires_in,
+    }
+    set_claims = {name: value for name, value in claims.items() if value is not None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", jwt.InsecureKeyLengthWarning)  # the notices have said it
+        print(jwt.encode(set_claims, known.jwt_secret, algorithm="HS256"))
+    return 0
+
+
+def _server_environ(options: argparse.Namespace) -> dict[str, str]:
+    environ = dict(os.environ)
+    given = {
+        "HEYVM_HOST": options.host,
+        "HEYVM_PORT": options.port,
+        "HEYVM_WORKERS": options.workers,
+        "HEYVM_DEBUG": "1" if options.debug else None,
+        "HEYVM_DEV": "1" if options.dev else None,
+    }
+    environ.update({name: str(value) for name, value in given.items() if value is not None})
+    for name in ("HEYVM_DATA_DIR", "HEYVM_RUN_DIR"):
+        if environ.get(name):
+            environ[name] = os.path.abspath(environ[name])
+    return environ
+
+
+def _server_flags(options: argparse.Namespace) -> str | None:
+    """The first flag that was given and means nothing without --api."""
+    for name in ("port", "host", "workers", "debug", "dev"):
+        if getattr(options, name):
+            return f"--{name}"
+    return None
+
+
+def _port(text: str) -> int:
+    number = _positive(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: say 1 to 65535")
+    return number
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _duration(text: str) -> int | None:
+    """Seconds, or None for `never`."""
+    if text == "never":
+        return None
+    found = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", text)
+    if not found or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: say 90s, 15m, 12h, 30d or never")
+    return int(found[1]) * UNITS_S[found[2]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
