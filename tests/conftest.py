@@ -1,0 +1,42 @@
+"""What every test may ask for: a real server, a session with it, sandboxes that go away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.server import Server, Session
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One server for all tests of an xdist worker that do not harm it."""
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[Session]:
+    """Talks to `server`: `http.get("/sandboxes")`."""
+    with server.http() as session:
+        yield session
+
+
+@pytest.fixture
+def sandbox(http: Session) -> Iterator[Callable[..., Record]]:
+    """`sandbox(**fields)` makes one and gives its record; all are deleted when the test ends."""
+    made: list[str] = []
+
+    def create(**fields: Any) -> Record:
+        answer = http.post("/sandboxes", json=fields)
+        assert answer.status_code == 201, answer.text
+        made.append(answer.json()["id"])
+        return dict(answer.json())
+
+    yield create
+    for ref in made:
+        assert http.delete(f"/sandboxes/{ref}").status_code in (204, 404)
