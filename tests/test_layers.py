@@ -1,0 +1,139 @@
+"""Who may import whom: docs/architecture.md, "Layers", held by a look at every import statement."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server import REPOSITORY
+
+# From the top to the bottom; a module may import from its own layer and from those below.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.serving"}),
+    frozenset({"app", "heyvm.keeper"}),
+    frozenset({"heyvm.api"}),
+    frozenset({"heyvm.lifecycle", "heyvm.processes", "heyvm.files", "heyvm.mounts", "heyvm.logs"}),
+    frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest"}),
+    frozenset({"heyvm.models", "heyvm.errors", "heyvm.settings", "heyvm.frames"}),
+)
+# Small parts with one subject that a layer keeps to itself or shares with those above it.
+BESIDE = {
+    "heyvm.locks": 4,
+    "heyvm.slugs": 4,
+    "heyvm.agent": 5,
+    "heyvm": 5,
+}
+# The keeper stands beside the API: neither knows the other.
+STRANGERS = (("heyvm.keeper", "heyvm.api"), ("heyvm.keeper", "app"), ("app", "heyvm.keeper"))
+# Each of these has one door.
+DOORS = {
+    "sqlite3": {"heyvm.registry"},
+    "pyseccomp": {"heyvm.backends.seccomp"},
+    "jwt": {"heyvm.api.auth", "heyvm.cli"},
+    "flask": {"app", "heyvm.api"},
+    "flask_smorest": {"app", "heyvm.api"},
+    "marshmallow": {"heyvm.api"},
+    "werkzeug": {"app", "heyvm.api"},
+    "gunicorn": set[str](),
+}
+
+
+def test_nobody_imports_upwards() -> None:
+    wrong = [
+        f"{importer} imports {imported}"
+        for importer, imported in own_imports()
+        if layer_of(imported) < layer_of(importer)
+    ]
+
+    assert wrong == []
+
+
+def test_the_keeper_and_the_api_do_not_know_each_other() -> None:
+    wrong = [
+        f"{importer} imports {imported}"
+        for importer, imported in own_imports()
+        for here, there in STRANGERS
+        if is_part_of(importer, here) and is_part_of(imported, there)
+    ]
+
+    assert wrong == []
+
+
+def test_the_agent_knows_frames_and_the_standard_library_alone() -> None:
+    found = set(imports_of(REPOSITORY / "heyvm" / "agent.py"))
+    foreign = {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+
+    assert foreign <= {"heyvm.frames", "frames", "heyvm"}
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_package_has_one_door(package: str) -> None:
+    users = {
+        importer for importer, imported in all_imports() if imported.partition(".")[0] == package
+    }
+    strangers = {
+        user for user in users if not any(is_part_of(user, door) for door in DOORS[package])
+    }
+
+    assert strangers == set()
+
+
+def test_every_module_is_in_a_layer() -> None:
+    for module in modules():
+        layer_of(module)
+
+
+def layer_of(module: str) -> int:
+    for number, layer in enumerate(LAYERS):
+        if any(is_part_of(module, name) for name in layer):
+            return number
+    assert module in BESIDE, f"{module}: say in docs/architecture.md and here which layer it is in"
+    return BESIDE[module]
+
+
+def is_part_of(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def own_imports() -> Iterator[tuple[str, str]]:
+    known = set(modules())
+    return ((here, there) for here, there in all_imports() if there in known and there != "heyvm")
+
+
+def all_imports() -> Iterator[tuple[str, str]]:
+    for module, path in modules().items():
+        for imported in imports_of(path):
+            yield module, imported
+
+
+def modules() -> dict[str, Path]:
+    paths = [*(REPOSITORY / "heyvm").rglob("*.py"), REPOSITORY / "app.py", REPOSITORY / "wsgi.py"]
+    return {name_of(path): path for path in paths if path.exists()}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every module that a file imports, those for type checkers only left out."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
