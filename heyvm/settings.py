@@ -69,6 +69,11 @@ class Settings:
     debug: bool = False
     notices: tuple[str, ...] = ()
 
+    @property
+    def mark(self) -> str:
+        """A short name for this data directory, for what is machine-wide: cgroups, id blocks."""
+        return mark_of(self.data_dir)
+
 
 def from_env(environ: Mapping[str, str]) -> Settings:
     """Read the environment. Raises `Misconfigured` for a value with which nobody may start.
@@ -111,12 +116,17 @@ def _run_dir(environ: Mapping[str, str], data_dir: Path) -> Path:
     and one for each data directory, so that two servers never meet."""
     if given := environ.get("HEYVM_RUN_DIR"):
         return Path(given).absolute()
-    mark = hashlib.sha256(os.fsencode(os.path.realpath(data_dir))).hexdigest()[:8]
+    mark = mark_of(data_dir)
     if os.geteuid() == 0:
         return Path("/run/heyvm", mark)
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime, "heyvm", mark)
     return Path(f"/tmp/heyvm-{os.geteuid()}", mark)
+
+
+def mark_of(data_dir: Path) -> str:
+    """8 hex digits that name a data directory."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(data_dir))).hexdigest()[:8]
 
 
 def _mount_roots(environ: Mapping[str, str]) -> tuple[Path, ...]:

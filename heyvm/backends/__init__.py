@@ -1,1 +1,12 @@
 """The ways of running sandboxes, by the name that a request uses."""
+
+from __future__ import annotations
+
+from heyvm.backends.base import Backend
+from heyvm.backends.bubblewrap import Bubblewrap
+from heyvm.settings import Settings
+
+
+def build(settings: Settings) -> dict[str, Backend]:
+    """Every backend that this server has. The first is the default."""
+    return {Bubblewrap.name: Bubblewrap(settings)}

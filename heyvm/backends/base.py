@@ -66,6 +66,13 @@ class Backend(ABC):
     def log_directory(self, sandbox: Sandbox) -> str:
         """The host directory that the agent writes its log files in. Hostile: open beneath it."""
 
+    def check_mount(self, mount: Mount) -> None:
+        """Raise `Invalid` where this mount may not be, for what its host directory is now."""
+        raise Unsupported(f"backend {self.name} cannot mount directories of the host")
+
+    def warm(self) -> None:
+        """Do now what the first start would otherwise wait for."""
+
     def change_mounts(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
         """Change a running sandbox's mounts now: True; False: only a start can."""
         raise Unsupported(f"backend {self.name} cannot change the mounts of a running sandbox")

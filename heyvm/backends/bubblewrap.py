@@ -1,0 +1,543 @@
+"""The bubblewrap backend: namespaces, overlays and an agent, started by `launcher.py`.
+
+Owns what a sandbox is on this machine: its directory, its processes, its socket. A
+sandbox of a root server has 65,536 ids of its own; an ordinary user's has the one id of that user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heyvm import guest
+from heyvm.backends import bundle, cgroups, hostdirs, hostfiles, pids, ranges, seccomp, trees
+from heyvm.backends.base import Backend, State
+from heyvm.errors import BackendFailed, HeyvmError, Invalid, StorageFull, Unavailable
+from heyvm.models import Mount, Sandbox
+from heyvm.settings import Settings
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+START_TIMEOUT_S = 20.0
+KILL_TIMEOUT_S = 4.0
+OLDEST_BWRAP = (0, 8, 0)  # the first with --perms on tmpfs and --cap-add for a namespace's root
+SPARE_UID = 65533  # the agent's real uid where it has a range: prlimit(1) then needs a capability
+# Docker's list (moby, oci/caps/defaults.go) without NET_RAW and MKNOD.
+CAPABILITIES = tuple(
+    f"CAP_{name}"
+    for name in (
+        *("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "SETGID", "SETUID", "SETFCAP", "SETPCAP"),
+        *("NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
+    )
+)
+# What tells of the host or its keys, and is a plain file; where the kernel has it.
+MASKED = ("kcore", "keys", "key-users", "timer_list", "sched_debug", "latency_stats")
+ID = re.compile(r"sb-[0-9a-f]{8}")
+FULL = {28, 122}  # ENOSPC, EDQUOT
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every box of this server is made from; built once for each process that asks."""
+
+    bundle: bundle.Bundle
+    template: str
+    seccomp: str
+    masked: tuple[str, ...]
+
+
+class Bubblewrap(Backend):
+    """One for each data directory. Holds nothing that matters: a launcher, and paths."""
+
+    name = "bubblewrap"
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.root = os.geteuid() == 0
+        self.mark = settings.mark
+        self.sandboxes = settings.data_dir / "sandboxes"
+        self.trash = settings.data_dir / "trash"
+        self.launcher = Launcher(cgroups.tree(self.mark))
+        self.policy = hostdirs.Policy(
+            settings.mount_roots, (settings.data_dir, settings.run_dir), settings.mount_system_ids
+        )
+        self._parts: Parts | None = None
+        self._lock = threading.Lock()
+
+    # --- what is needed -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        path = self._bwrap()
+        if os.stat(path).st_mode & 0o6000:
+            raise Unavailable(
+                f"{path} is set-uid (CVE-2020-5291): remove the bit with `chmod u-s {path}`"
+            )
+        version = bwrap_version(path)
+        if version < OLDEST_BWRAP:
+            have, want = (".".join(map(str, one)) for one in (version, OLDEST_BWRAP))
+            raise Unavailable(f"{path} is version {have}: {want} or later is needed")
+
+    def warm(self) -> None:
+        """Do now what the first start would wait for."""
+        self.parts()
+        self.launcher.warm()
+
+    def parts(self) -> Parts:
+        with self._lock:
+            if self._parts is None:
+                self._parts = self._make_parts()
+            return self._parts
+
+    def _make_parts(self) -> Parts:
+        data = self.settings.data_dir
+        for directory in (self.sandboxes, self.trash):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("agents", "visits"):
+            (self.settings.run_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        program = seccomp.build(single_id=not self.root)
+        digest = hashlib.sha256(program).hexdigest()[:16]
+        path = data / f"seccomp-{digest}.bpf"
+        if not path.exists():
+            new = path.with_suffix(f".{secrets.token_hex(4)}")
+            new.write_bytes(program)
+            new.rename(path)
+        return Parts(
+            bundle=bundle.ensure(data / "bundle"),
+            template=str(hostfiles.ensure(data / "host")),
+            seccomp=str(path),
+            masked=tuple(f"/proc/{one}" for one in MASKED if os.path.isfile(f"/proc/{one}")),
+        )
+
+    def _bwrap(self) -> str:
+        path = shutil.which("bwrap", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/local/bin")
+        if path is None:
+            raise Unavailable("bwrap is not installed; on Debian and Ubuntu: apt install bubblewrap")
+        return path
+
+    def allocate(self, taken: frozenset[int]) -> int | None:
+        return ranges.free(self.mark, taken) if self.root else None
+
+    # --- starting -------------------------------------------------------------------------------
+
+    def start(
+        self, sandbox: Sandbox, record: Callable[[State], None], *, visit: bool = False
+    ) -> socket.socket:
+        if self.root != (sandbox.id_base is not None):
+            raise BackendFailed(
+                f"sandbox {sandbox.slug!r} was made by a server run "
+                f"{'as an ordinary user' if self.root else 'as root'}: start it with that one"
+            )
+        spec = self._specification(sandbox, visit)
+        with self.launcher.ask(spec) as words:
+            try:
+                words.expect(b"L", START_TIMEOUT_S)
+                return self._meet(sandbox, spec, record, words)
+            except BaseException:
+                self._kill_untold(sandbox, spec)
+                raise
+
+    def _specification(self, sandbox: Sandbox, visit: bool) -> dict[str, Any]:
+        parts = self.parts()
+        sockets = self.settings.run_dir / ("visits" if visit else "agents")
+        spare = str(SPARE_UID) if self.root else "-1"
+        return {
+            "action": "box",
+            "title": self._title(sandbox.id),
+            "bwrap": self._bwrap(),
+            "dir": str(self.sandboxes / sandbox.id),
+            "id_base": sandbox.id_base,
+            "template": parts.template,
+            "bundle": str(parts.bundle.path),
+            "agent": [*parts.bundle.argv, "LISTEN_FD", "/.heyvm/log", spare],
+            "seccomp": parts.seccomp,
+            "masked": parts.masked,
+            "capabilities": CAPABILITIES if self.root else (),
+            "socket_dir": str(sockets),
+            "socket_name": f"{sandbox.id}.sock",
+            "hostname": sandbox.slug,
+            "files": own_files(sandbox.slug),
+            "mounts": [self._mount(mount) for mount in by_depth(sandbox.mounts)],
+        }
+
+    def _mount(self, mount: Mount) -> dict[str, Any]:
+        found = hostdirs.check(mount, self.policy)
+        return {
+            "path": found.path,
+            "inode": found.inode,
+            "target": mount.sandbox_path,
+            "read_only": mount.read_only,
+            "uid": found.uid,
+            "gid": found.gid,
+        }
+
+    def _meet(
+        self,
+        sandbox: Sandbox,
+        spec: dict[str, Any],
+        record: Callable[[State], None],
+        words: Words,
+    ) -> socket.socket:
+        """Connect, hear the hello, learn from the kernel who said it, have it written down."""
+        path = os.path.join(spec["socket_dir"], spec["socket_name"])
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(START_TIMEOUT_S)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            sock.connect(path)
+            agent = sender(sock)
+            guest.greet(sock, START_TIMEOUT_S)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            record(note_of(agent, path))
+            return sock
+        except HeyvmError:
+            sock.close()
+            raise
+        except OSError as error:
+            sock.close()
+            complaint = words.rest() or str(error)
+            raise BackendFailed(f"sandbox {sandbox.slug!r} did not start: {complaint}") from None
+        except BaseException:
+            sock.close()
+            raise
+
+    def _kill_untold(self, sandbox: Sandbox, spec: dict[str, Any]) -> None:
+        """Undo a start of which no note may have been made."""
+        pids.kill_and_wait(self._boxes().get(sandbox.id, []), KILL_TIMEOUT_S)
+        self._remove_socket(os.path.join(spec["socket_dir"], spec["socket_name"]))
+
+    # --- living ---------------------------------------------------------------------------------
+
+    def connect(self, sandbox: Sandbox, timeout: float = 5.0) -> socket.socket:
+        path = sandbox.state.get("socket")
+        if not isinstance(path, str):
+            raise BackendFailed(f"sandbox {sandbox.slug!r} has no agent: start it")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            raise BackendFailed(
+                f"the agent of sandbox {sandbox.slug!r} does not answer: {error.strerror or error}"
+            ) from None
+        return sock
+
+    def poll(self, sandbox: Sandbox) -> str | None:
+        if not sandbox.state:
+            return "it has no process"
+        if sandbox.state.get("boot") != pids.boot_id():
+            return "the machine was restarted"
+        if pids.Process(sandbox.state["pid"], sandbox.state["start"]).alive():
+            return None
+        return f"its agent (pid 1 of the sandbox) {self._ending(sandbox.id)}"
+
+    def _ending(self, sandbox_id: str) -> str:
+        """How bubblewrap saw pid 1 end; it writes that to a file of ours, not of the sandbox."""
+        with contextlib.suppress(OSError, ValueError):
+            text = (self.sandboxes / sandbox_id / "status").read_text()
+            for line in text.splitlines():
+                code = json.loads(line).get("exit-code")
+                if isinstance(code, int):
+                    return f"was killed by signal {code - 128}" if code > 128 else f"exited {code}"
+        return "is gone"
+
+    def log_directory(self, sandbox: Sandbox) -> str:
+        return str(self.sandboxes / sandbox.id / "log")
+
+    # --- ending ---------------------------------------------------------------------------------
+
+    def stop(self, sandbox: Sandbox, *, grace: float) -> None:
+        agent = self._agent(sandbox)
+        if agent is not None and grace > 0 and agent.alive():
+            # The agent is not trusted: whatever it does with this, its time is bounded.
+            with contextlib.suppress(HeyvmError, OSError), self.connect(sandbox) as sock:
+                guest.stop(sock, grace)
+        self._kill(sandbox, agent)
+
+    def _agent(self, sandbox: Sandbox) -> pids.Process | None:
+        state = sandbox.state
+        if not state or state.get("boot") != pids.boot_id():
+            return None
+        return pids.Process(state["pid"], state["start"])
+
+    def _kill(self, sandbox: Sandbox, agent: pids.Process | None) -> None:
+        found = [] if agent is None else [agent]
+        if "outer" in sandbox.state and agent is not None:
+            found.append(pids.Process(*sandbox.state["outer"]))
+        left = pids.kill_and_wait(found, KILL_TIMEOUT_S)
+        if left:
+            numbers = ", ".join(str(one.pid) for one in left)
+            raise BackendFailed(f"processes {numbers} of sandbox {sandbox.slug!r} will not die")
+        if isinstance(path := sandbox.state.get("socket"), str):
+            self._remove_socket(path)
+
+    def destroy(self, sandbox: Sandbox) -> None:
+        self._kill(sandbox, self._agent(sandbox))
+        self._erase(sandbox.id)
+
+    def _erase(self, sandbox_id: str) -> None:
+        for name in (sandbox_id, f"{sandbox_id}.new"):
+            goner = self.trash / f"{name}.{secrets.token_hex(4)}"
+            try:
+                os.rename(self.sandboxes / name, goner)
+            except FileNotFoundError:
+                continue
+            trees.remove(str(goner))
+        for name in ("agents", "visits"):
+            self._remove_socket(str(self.settings.run_dir / name / f"{sandbox_id}.sock"))
+
+    def _remove_socket(self, path: str) -> None:
+        for name in (path, path + ".new"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+    # --- mounts ---------------------------------------------------------------------------------
+
+    def check_mount(self, mount: Mount) -> None:
+        hostdirs.check(mount, self.policy)
+
+    def change_mounts(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
+        spec: dict[str, Any] = {"id_base": sandbox.id_base, "pid": sandbox.state["pid"]}
+        if add is not None:
+            spec |= {"action": "add_mount", "mounts": [self._mount(add)]}
+        else:
+            spec |= {"action": "remove_mount", "target": remove}
+        with self.launcher.ask(spec) as words:
+            try:
+                words.expect(b"D", START_TIMEOUT_S)
+            except BackendFailed:
+                return False
+        return True
+
+    # --- left-overs -----------------------------------------------------------------------------
+
+    def inventory(self) -> frozenset[str]:
+        names = set(self._boxes())
+        places = [self.sandboxes, *(self.settings.run_dir / one for one in ("agents", "visits"))]
+        for place in places:
+            with contextlib.suppress(FileNotFoundError):
+                names |= {found.group() for name in os.listdir(place) if (found := ID.match(name))}
+        return frozenset(names)
+
+    def sweep(self, known: frozenset[str]) -> list[str]:
+        boxes = self._boxes()
+        unknown = sorted(self.inventory() - known)
+        for name in unknown:
+            pids.kill_and_wait(boxes.get(name, []), KILL_TIMEOUT_S)
+            self._erase(name)
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.trash):
+                trees.remove(str(self.trash / name))
+        return unknown
+
+    def _title(self, sandbox_id: str) -> str:
+        return f"heyvm:{self.mark}:{sandbox_id}"
+
+    def _boxes(self) -> dict[str, list[pids.Process]]:
+        """The processes of every box of this server that still runs, by sandbox: found by what
+        bubblewrap is called, and its children (pid 1 of a box has bubblewrap for a parent)."""
+        outer: dict[int, str] = {}
+        children: list[tuple[int, pids.Process]] = []
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            found = pids.stat_of(pid)
+            if found is None or found.letter in "ZX":
+                continue
+            children.append((found.parent, pids.Process(pid, found.start)))
+            if (name := self._sandbox_of(pid)) is not None:
+                outer[pid] = name
+        boxes: dict[str, list[pids.Process]] = {}
+        for parent, process in children:
+            name = outer.get(process.pid) or outer.get(parent)
+            if name is not None:
+                boxes.setdefault(name, []).append(process)
+        return boxes
+
+    def _sandbox_of(self, pid: int) -> str | None:
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                first = file.read(64).split(b"\0")[0]
+            inside = os.stat(f"/proc/{pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino
+        except OSError:
+            return None
+        prefix = self._title("").encode()
+        if first.startswith(prefix) and not inside:
+            return first[len(prefix) :].decode("ascii", "replace")
+        return None
+
+
+class Launcher:
+    """This process's `launcher.py`, started when first asked, and again when it has died."""
+
+    def __init__(self, groups: list[str]) -> None:
+        self._groups = groups
+        self._sock: socket.socket | None = None
+        self._owner = 0
+        self._child = 0
+        self._lock = threading.Lock()
+
+    def warm(self) -> None:
+        with self._lock:
+            self._running()
+
+    @contextlib.contextmanager
+    def ask(self, spec: dict[str, Any]) -> Iterator[Words]:
+        """Send a request; what is yielded reads the answer."""
+        reader, writer = os.pipe()
+        try:
+            self._send(json.dumps(spec).encode(), writer)
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        words = Words(reader)
+        try:
+            yield words
+        finally:
+            words.close()
+
+    def _send(self, request: bytes, descriptor: int) -> None:
+        with self._lock:
+            for attempt in (1, 2):
+                try:
+                    socket.send_fds(self._running(), [request], [descriptor])
+                    return
+                except OSError as error:
+                    self._forget()
+                    if attempt == 2:
+                        raise BackendFailed(f"the launcher does not answer: {error}") from None
+
+    def _running(self) -> socket.socket:
+        # A socket carried across fork() would be shared by two workers.
+        if self._sock is None or self._owner != os.getpid():
+            self._start()
+        assert self._sock is not None
+        return self._sock
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        os.set_inheritable(theirs.fileno(), True)
+        options = ["-I", "-S", "-B", str(LAUNCHER), str(theirs.fileno()), *self._groups]
+        arguments = [sys.executable, *options]
+        # Its environment is empty: nothing of the server's is there for a sandbox to find.
+        self._child = os.posix_spawn(sys.executable, arguments, {}, setsid=True)
+        theirs.close()
+        self._sock, self._owner = ours, os.getpid()
+
+    def _forget(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = None
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._child, os.WNOHANG)
+
+
+class Words:
+    """The answer of a launcher, byte by byte as it comes; not one of them is from a sandbox until
+    the agent runs, and from then on all may be."""
+
+    LIMIT = 4096
+
+    def __init__(self, descriptor: int) -> None:
+        # A socket's timeouts are kept under gevent; a pipe's would have to be written here.
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def expect(self, word: bytes, timeout: float) -> None:
+        """Wait for `word`. Raises what the launcher says instead."""
+        said = self._read(timeout, 1)
+        if said == word:
+            return
+        text = (said + self._read(1.0, self.LIMIT)).decode("utf-8", "replace")
+        if text.startswith("R"):
+            raise Invalid(text[1:], errors={"mounts": [text[1:]]})
+        if text.startswith("E"):
+            number, _, why = text[1:].partition(" ")
+            if int(number) in FULL:
+                raise StorageFull(f"the sandbox could not be made: {why}")
+            raise BackendFailed(f"the sandbox could not be started: {why}")
+        raise BackendFailed(f"the launcher died, or said what it never says: {text!r}")
+
+    def rest(self) -> str:
+        """What bubblewrap complained of."""
+        return self._read(1.0, self.LIMIT).decode("utf-8", "replace").strip()
+
+    def _read(self, timeout: float, limit: int) -> bytes:
+        """Up to `limit` bytes, until the end of the file or of our patience."""
+        import select
+
+        data, end = b"", time.monotonic() + timeout
+        while len(data) < limit:
+            ready, _, _ = select.select([self._descriptor], [], [], max(0, end - time.monotonic()))
+            if not ready:
+                break
+            part = os.read(self._descriptor, limit - len(data))
+            if not part:
+                break
+            data += part
+        return data
+
+
+def bwrap_version(path: str) -> tuple[int, ...]:
+    """What `bwrap --version` says."""
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found else (0, 0, 0)
+
+
+def sender(sock: socket.socket) -> pids.Process:
+    """Who sent what is next to be read, in the kernel's word (SO_PASSCRED, unix(7))."""
+    size = struct.calcsize("3i")
+    data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(size), socket.MSG_PEEK)
+    if not data:
+        raise ConnectionResetError("its agent ended before it said hello")
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            process = pids.identify(struct.unpack("3i", payload[:size])[0])
+            if process is not None:
+                return process
+    raise ConnectionResetError("its agent ended as it said hello")
+
+
+def note_of(agent: pids.Process, path: str) -> State:
+    """What is kept of a box: its processes, of which boot they are, where its agent listens."""
+    note: dict[str, Any] = {"pid": agent.pid, "start": agent.start, "socket": path}
+    note["boot"] = pids.boot_id()
+    found = pids.stat_of(agent.pid)
+    outer = pids.identify(found.parent) if found is not None else None
+    if outer is not None and outer.pid > 1:
+        note["outer"] = [outer.pid, outer.start]
+    return note
+
+
+def own_files(slug: str) -> dict[str, str]:
+    """The files of /etc that are each sandbox's own."""
+    return {
+        "etc/hostname": f"{slug}\n",
+        "etc/hosts": f"127.0.0.1 localhost\n127.0.1.1 {slug}\n::1 localhost ip6-localhost\n",
+        "etc/machine-id": secrets.token_hex(16) + "\n",
+    }
+
+
+def by_depth(mounts: tuple[Mount, ...]) -> list[Mount]:
+    """Those above before those below them, which they would otherwise cover."""
+    return sorted(mounts, key=lambda mount: mount.sandbox_path.count("/"))

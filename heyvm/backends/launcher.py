@@ -1,0 +1,501 @@
+"""The process that starts boxes: one small interpreter per worker, asked over a socket.
+
+Run as `python -I -S -B launcher.py FD CGROUP...` and stands alone: no import of the server, none of its
+environment, descriptors or memory. Each request is served by a fork of it, which is single-threaded
+and holds nothing else: 1 ms where a fresh interpreter takes 10. A box's parent is this process or
+init, never a worker, so no box notices that a worker came or went.
+
+A request is one datagram: JSON, with the write end of a pipe attached. Written there: `L` once the
+agent's socket listens, then whatever bubblewrap or the agent complain of; or `E` and a reason.
+"""
+
+import array
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import stat
+import struct
+import sys
+
+REQUEST_BYTES = 1 << 20
+AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
+MS_REMOUNT, MS_RDONLY, MNT_DETACH, UMOUNT_NOFOLLOW = 0x20, 0x1, 0x2, 0x8
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
+OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_IDMAP = 0x1, 0x2, 0x4, 0x100000
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x2, 0x4, 0x8
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
+# bubblewrap covers /tmp with a tree of its own, so our parts stand under another path that every
+# machine has. Only this box's private mount namespace sees it.
+STAGE = "/run"
+IDS = 65536
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Refused(Exception):
+    """Something about the sandbox's own files or mounts: the text is for the user."""
+
+
+def checked(result, what):
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def unshare(flags, what):
+    checked(libc.unshare(flags), f"unshare {what}")
+
+
+def mount(source, target, kind, flags=0, options=None):
+    encode = lambda text: None if text is None else os.fsencode(text)  # noqa: E731
+    arguments = encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(options)
+    checked(libc.mount(*arguments), f"mount {kind or source} on {target}")
+
+
+def clone(path):
+    """A detached copy of the mount at `path` (open_tree(2)): nothing sees it until it is moved."""
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+    return checked(libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags), f"clone {path}")
+
+
+def set_attributes(tree, attributes, user_namespace=0):
+    packed = struct.pack("QQQQ", attributes, 0, 0, user_namespace)
+    call = libc.syscall(SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, packed, len(packed))
+    checked(call, "mount_setattr")
+
+
+def attach(tree, target):
+    """Move a detached mount onto `target`: a path, or a descriptor of the directory itself."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH
+    if isinstance(target, int):
+        flags |= MOVE_MOUNT_T_EMPTY_PATH
+        where = (target, b"")
+    else:
+        where = (AT_FDCWD, os.fsencode(target))
+    checked(libc.syscall(SYS_MOVE_MOUNT, tree, b"", *where, flags), f"attach to {target}")
+    os.close(tree)
+
+
+def open_beneath(directory, path):
+    """Open a directory below `directory` without following any link, or raise OSError."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+    resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+    how = struct.pack("QQQ", flags, 0, resolve)
+    call = libc.syscall(SYS_OPENAT2, directory, os.fsencode(path), how, len(how))
+    return checked(call, f"open {path}")
+
+
+def make_directories(root, path, owner):
+    """Open `path` below `root`, making what is missing as `owner`'s. Follows no link: the tree is
+    the sandbox's to change, and a link in it must never aim a mount at something else."""
+    here = os.dup(root)
+    done = []
+    for name in path.strip("/").split("/"):
+        done.append(name)
+        try:
+            try:
+                os.mkdir(name, 0o755, dir_fd=here)
+                os.chown(name, owner, owner, dir_fd=here, follow_symlinks=False)
+            except FileExistsError:
+                pass
+            below = open_beneath(here, name)
+        except OSError as error:
+            raise Refused(f"mount point /{'/'.join(done)} in the sandbox: {error.strerror}") from None
+        os.close(here)
+        here = below
+    return here
+
+
+class UserNamespace:
+    """A new user namespace with these maps: made by a child, while the caller does other things."""
+
+    def __init__(self, uid_map, gid_map):
+        self.maps = {"uid_map": uid_map, "gid_map": gid_map}
+        self.ready, ready = os.pipe()
+        go, self.go = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            # Only system calls: this is a fork that never execs.
+            os.close(self.go)
+            os.write(ready, b"0" if libc.unshare(CLONE_NEWUSER) == 0 else b"1")
+            os.read(go, 1)
+            os._exit(0)
+        os.close(ready)
+        os.close(go)
+
+    def open(self):
+        """Its descriptor. The child is gone when this returns."""
+        try:
+            if os.read(self.ready, 1) != b"0":
+                raise Refused("the kernel refused a user namespace")
+            for name, text in self.maps.items():
+                write_file(f"/proc/{self.pid}/{name}", text)
+            return os.open(f"/proc/{self.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(self.ready)
+            os.close(self.go)
+            os.waitpid(self.pid, 0)
+
+
+def write_file(path, text):
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def make_sandbox_directory(spec):
+    """Made under another name and renamed: there is a whole one or none."""
+    new = spec["dir"] + ".new"
+    for name in ("", "root", "root.work", "usr", "usr.work", "log", "root/etc", "root/workspace"):
+        os.makedirs(os.path.join(new, name), exist_ok=True)
+    owned = ["root", "usr", "log", "root/etc", "root/workspace"]
+    for name, text in spec["files"].items():
+        with open(os.path.join(new, "root", name), "w") as file:
+            file.write(text)
+        owned.append("root/" + name)
+    if spec["id_base"] is not None:
+        for name in owned:
+            os.chown(os.path.join(new, name), spec["id_base"], spec["id_base"])
+    os.rename(new, spec["dir"])
+
+
+def lower(path, namespace):
+    """A read-only copy of `path` whose owners are the sandbox's, where kernel and file system can
+    map ids; else as it is (its files then belong to nobody inside, and cannot be changed)."""
+    tree = clone(path)
+    attributes = ATTR_NOSUID | ATTR_NODEV | ATTR_RDONLY
+    try:
+        set_attributes(tree, attributes | ATTR_IDMAP, namespace)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        set_attributes(tree, attributes)
+    return tree
+
+
+def stage(*names):
+    mount("stage", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+    for name in names:
+        os.mkdir(f"{STAGE}/{name}")
+
+
+def overlay(name, lower_path, extra=""):
+    # Relative to the sandbox's directory: any character may stand in its path, and none of it shows
+    # in /proc/self/mountinfo inside.
+    options = f"lowerdir={lower_path},upperdir={name},workdir={name}.work{extra}"
+    mount("overlay", f"{STAGE}/{name}", "overlay", MS_NOSUID | MS_NODEV, options)
+
+
+def same_directory(path, wanted):
+    """The directory that was checked, and no other that was put in its place since."""
+    found = os.stat(path)
+    if [found.st_dev, found.st_ino] != wanted or not stat.S_ISDIR(found.st_mode):
+        raise Refused(f"{path} is no longer the directory that was checked")
+
+
+def host_mount(entry, base):
+    """A detached clone of a host directory, its owner mapped to root inside."""
+    tree = clone(entry["path"])
+    found = os.fstat(tree)
+    if [found.st_dev, found.st_ino] != entry["inode"]:
+        raise Refused(f"{entry['path']} is no longer the directory that was checked")
+    attributes = ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if entry["read_only"] else 0)
+    if entry["uid"] is None:
+        set_attributes(tree, attributes)
+        return tree
+    maps = (f"{entry[owner]} {base} 1" for owner in ("uid", "gid"))
+    namespace = UserNamespace(*maps).open()
+    try:
+        set_attributes(tree, attributes | ATTR_IDMAP, namespace)
+    except OSError as error:
+        raise Refused(
+            f"{entry['path']} lies on a file system that cannot map ids ({error.strerror})"
+        ) from None
+    finally:
+        os.close(namespace)
+    return tree
+
+
+def assemble_as_root(spec, namespace):
+    """Put the box's file system together below STAGE, in our own mount namespace."""
+    unshare(CLONE_NEWNS, "mounts")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    os.chdir(spec["dir"])
+    trees = {"root-lower": lower(spec["template"], namespace), "usr-lower": lower("/usr", namespace)}
+    bundle, log = clone(spec["bundle"]), clone("log")
+    set_attributes(bundle, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
+    set_attributes(log, ATTR_NOSUID | ATTR_NODEV)
+    mounts = [(entry, host_mount(entry, spec["id_base"])) for entry in spec["mounts"]]
+    stage("root", "usr", *trees)
+    for name, tree in trees.items():
+        attach(tree, f"{STAGE}/{name}")
+    overlay("root", f"{STAGE}/root-lower")
+    overlay("usr", f"{STAGE}/usr-lower")
+    finish_root(spec, bundle, log, mounts)
+
+
+def finish_root(spec, bundle, log, mounts):
+    root = os.open(f"{STAGE}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    attach(bundle, open_beneath(root, ".heyvm"))
+    attach(log, open_beneath(root, ".heyvm/log"))
+    for entry, tree in mounts:
+        attach(tree, make_directories(root, entry["target"], spec["id_base"]))
+    os.close(root)
+
+
+def assemble_as_user(spec):
+    """The same without the host's root: one id, plain bind mounts, an overlay of our own."""
+    uid, gid = os.getuid(), os.getgid()
+    unshare(CLONE_NEWUSER | CLONE_NEWNS, "user and mounts")
+    write_file("/proc/self/setgroups", "deny")
+    write_file("/proc/self/uid_map", f"0 {uid} 1")
+    write_file("/proc/self/gid_map", f"0 {gid} 1")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    os.chdir(spec["dir"])
+    sources = [("bundle", spec["bundle"], True), ("log", "log", False)]
+    for number, entry in enumerate(spec["mounts"]):
+        same_directory(entry["path"], entry["inode"])
+        sources.append((f"m{number}", entry["path"], entry["read_only"]))
+    trees = [(tree_of_user(path, read_only)) for _, path, read_only in sources]
+    stage("root", "usr")
+    overlay("root", spec["template"], ",userxattr")
+    overlay("usr", "/usr", ",userxattr")
+    finish_root({**spec, "id_base": 0}, trees[0], trees[1], list(zip(spec["mounts"], trees[2:])))
+
+
+def tree_of_user(path, read_only):
+    # Recursive: what is mounted below was locked to it when this user namespace was made.
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | 0x8000
+    call = libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
+    tree = checked(call, f"clone {path}")
+    set_attributes(tree, ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if read_only else 0))
+    return tree
+
+
+def become_root_inside(namespace):
+    checked(libc.setns(namespace, CLONE_NEWUSER), "setns")
+    os.close(namespace)
+
+
+def loopback_up():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        request = bytearray(struct.pack("16s24x", b"lo"))
+        fcntl.ioctl(sock, SIOCGIFFLAGS, request, True)
+        (flags,) = struct.unpack_from("h", request, 16)
+        struct.pack_into("h", request, 16, flags | IFF_UP)
+        fcntl.ioctl(sock, SIOCSIFFLAGS, request, True)
+
+
+def listen(directory, name):
+    """The agent's socket, made in the sandbox's network namespace: its ioctls tell nothing of the
+    host's interfaces. Renamed into place, since a left-over file would be EADDRINUSE."""
+    os.fchdir(directory)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.unlink(name + ".new")
+    except FileNotFoundError:
+        pass
+    old = os.umask(0o177)
+    sock.bind(name + ".new")
+    os.umask(old)
+    sock.listen(1024)
+    os.rename(name + ".new", name)
+    os.chdir("/")
+    os.set_inheritable(sock.fileno(), True)
+    return sock
+
+
+def join_cgroups(paths):
+    """Leave the server's groups: systemd stops a unit by its group, whatever sessions it made.
+
+    Once, here: what is forked inherits it, while each move of a process costs 10 ms (the kernel
+    waits for every CPU).
+    """
+    for path in paths:
+        try:
+            os.makedirs(path, exist_ok=True)
+            write_file(os.path.join(path, "cgroup.procs"), "0")
+        except OSError as error:
+            sys.stderr.write(f"heyvm: sandboxes stay in the server's cgroup: {path}: {error}\n")
+
+
+def bubblewrap_arguments(spec, seccomp, status, agent_fd):
+    arguments = [
+        # What `ps` shows; the keeper finds a crashed server's boxes by it.
+        spec["title"],
+        *("--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"),
+        *("--bind", f"{STAGE}/root", "/", "--bind", f"{STAGE}/usr", "/usr"),
+        *("--proc", "/proc", "--dev", "/dev"),
+        *("--perms", "1777", "--tmpfs", "/dev/shm", "--perms", "1777", "--tmpfs", "/tmp"),
+        *("--perms", "0755", "--tmpfs", "/run"),
+        *("--hostname", spec["hostname"], "--chdir", "/", "--clearenv", "--as-pid-1"),
+        *("--seccomp", str(seccomp), "--json-status-fd", str(status), "--cap-drop", "ALL"),
+    ]
+    for path in spec["masked"]:
+        arguments += ["--ro-bind", "/dev/null", path]
+    for name in spec["capabilities"]:
+        arguments += ["--cap-add", name]
+    agent = [str(agent_fd) if word == "LISTEN_FD" else word for word in spec["agent"]]
+    return [*arguments, "--", *agent]
+
+
+def memory_file(content):
+    descriptor = os.memfd_create("seccomp")
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def start_box(spec, say):
+    base = spec["id_base"]
+    ids = f"0 {base} {IDS}"
+    own = None if base is None else UserNamespace(ids, ids)
+    if not os.path.isdir(spec["dir"]):
+        make_sandbox_directory(spec)
+    with open(spec["seccomp"], "rb") as file:
+        seccomp = memory_file(file.read())
+    sockets = os.open(spec["socket_dir"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    status_flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    status = os.open(os.path.join(spec["dir"], "status"), status_flags, 0o600)
+    if own is None:
+        assemble_as_user(spec)
+    else:
+        namespace = own.open()
+        assemble_as_root(spec, namespace)
+        become_root_inside(namespace)
+    unshare(CLONE_NEWNET, "network")
+    loopback_up()
+    agent = listen(sockets, spec["socket_name"])
+    os.close(sockets)
+    if own is not None:
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+    for descriptor in (seccomp, status):
+        os.set_inheritable(descriptor, True)
+    arguments = bubblewrap_arguments(spec, seccomp, status, agent.fileno())
+    settle_process(say, {seccomp, status, agent.fileno()})
+    os.write(2, b"L")
+    os.execve(spec["bwrap"], arguments, {})
+
+
+def settle_process(say, keep):
+    """Our stderr is the pipe; nothing else but `keep` goes on to bubblewrap."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for number, source in ((0, null), (1, null), (2, say)):
+        os.dup2(source, number)
+    low = 3
+    for descriptor in sorted(keep):
+        os.closerange(low, descriptor)
+        low = descriptor + 1
+    os.closerange(low, 4096)
+    os.umask(0o022)
+    # A core of at most 1 byte is no core, and is never piped to a handler on the host (core(5)).
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+
+def enter_mounts(pid, as_user):
+    """Take the place of a process in the sandbox's mounts; its root becomes ours."""
+    namespaces = {kind: os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")}
+    if as_user:
+        checked(libc.setns(namespaces["user"], CLONE_NEWUSER), "setns user")
+    return namespaces["mnt"]
+
+
+def add_mount(spec, say):
+    """Show one more host directory in a running sandbox."""
+    inside = enter_mounts(spec["pid"], spec["id_base"] is None)
+    (entry,) = spec["mounts"]
+    if spec["id_base"] is None:
+        unshare(CLONE_NEWNS, "mounts")
+        same_directory(entry["path"], entry["inode"])
+        tree = tree_of_user(entry["path"], entry["read_only"])
+    else:
+        tree = host_mount(entry, spec["id_base"])
+    checked(libc.setns(inside, CLONE_NEWNS), "setns mnt")
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    attach(tree, make_directories(root, entry["target"], spec["id_base"] or 0))
+
+
+def remove_mount(spec, say):
+    """Take a mount out of a running sandbox; who stands in it keeps it until they leave."""
+    inside = enter_mounts(spec["pid"], spec["id_base"] is None)
+    checked(libc.setns(inside, CLONE_NEWNS), "setns mnt")
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    target = open_beneath(root, spec["target"].strip("/"))
+    # The sandbox's /proc knows nothing of us: name the directory by standing in it.
+    os.fchdir(target)
+    checked(libc.umount2(b".", MNT_DETACH), f"unmount {spec['target']}")
+
+
+ACTIONS = {"box": start_box, "add_mount": add_mount, "remove_mount": remove_mount}
+
+
+def serve(spec, say):
+    """In the child: do what is asked, tell the outcome, never return."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    code = 1
+    try:
+        ACTIONS[spec["action"]](spec, say)
+        os.write(say, b"D")
+        code = 0
+    except Refused as error:
+        os.write(say, b"R" + str(error).encode())
+    except OSError as error:
+        number = error.errno or 0
+        os.write(say, b"E%d " % number + str(error.strerror or error).encode())
+    except BaseException as error:  # noqa: BLE001 - a child that fails must say so, then end
+        os.write(say, b"E0 " + repr(error).encode())
+    os._exit(code)
+
+
+def receive(sock):
+    """The next request and its pipe, or None when the worker is gone."""
+    size = array.array("i").itemsize
+    while True:
+        try:
+            data, ancillary, _, _ = sock.recvmsg(REQUEST_BYTES, socket.CMSG_SPACE(size))
+        except ConnectionResetError:
+            return None
+        if not data:
+            return None
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                return data, array.array("i", payload[:size])[0]
+
+
+def main():
+    control = int(sys.argv[1])
+    os.closerange(3, control)
+    os.closerange(control + 1, 4096)
+    os.chdir("/")
+    os.umask(0o022)
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP, 32, 33):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need no reaping
+    join_cgroups(sys.argv[2:])
+    sock = socket.socket(fileno=control)
+    while (request := receive(sock)) is not None:
+        data, say = request
+        if os.fork() == 0:
+            sock.close()
+            serve(json.loads(data), say)
+        os.close(say)
+
+
+main()
