@@ -1,0 +1,318 @@
+"""`make bench`: what heyvm costs, next to what it is made of, in one run on one machine.
+
+Starts a server of its own on loopback, takes each measure in turn with its yardstick (so that a
+noisy moment hits both), prints a table, and ends within five minutes whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.server import Server, all_pids, command_line  # noqa: E402
+
+ECHO = ["/bin/echo", "hello"]
+BWRAP = [shutil.which("bwrap") or "bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"]
+ROUNDS = 300
+LIFE_ROUNDS = 60
+PART_S = 45.0  # no part may take longer, whatever its rounds
+CROWD = 300
+AT_ONCE = 50
+HEALTH_PAUSE_S = 0.02
+MIB = 1024 * 1024
+
+
+@dataclass
+class Series:
+    """Durations of one thing, in seconds."""
+
+    name: str
+    values: list[float] = field(default_factory=list)
+
+    def take(self, act: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        act()
+        self.values.append(time.perf_counter() - began)
+
+    def at(self, percent: int) -> float:
+        ordered = sorted(self.values)
+        return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target: what was measured, in what unit, and the most that it may be."""
+
+    name: str
+    value: float
+    most: float
+    unit: str
+
+    def __str__(self) -> str:
+        word = "met   " if self.value <= self.most else "MISSED"
+        return f"{word} {self.name}: {self.value:.2f} {self.unit}, target {self.most:g}"
+
+
+class Connection:
+    """A kept-alive HTTP connection with as little of a client around it as there can be."""
+
+    def __init__(self, port: int) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.reader = self.sock.makefile("rb")
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
+        self.sock.close()
+
+    def ask(self, method: str, path: str, document: object = None) -> tuple[int, bytes]:
+        body = b"" if document is None else json.dumps(document).encode()
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        head += "Content-Type: application/json\r\n\r\n"
+        self.sock.sendall(head.encode() + body)
+        status = int(self.reader.readline().split()[1])
+        length = 0
+        while (line := self.reader.readline()) not in (b"\r\n", b""):
+            name, _, value = line.partition(b":")
+            if name.lower() == b"content-length":
+                length = int(value)
+        return status, self.reader.read(length)
+
+    def document(self, method: str, path: str, document: object = None) -> dict[str, object]:
+        status, body = self.ask(method, path, document)
+        assert status < 300, body
+        return dict(json.loads(body))
+
+
+def fork_exec(argv: list[str]) -> bytes:
+    """The bare thing: fork, exec, what it printed, wait."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writing, 1)
+        os.execv(argv[0], argv)
+    os.close(writing)
+    return _collect(pid, reading)
+
+
+def posix_spawn(argv: list[str]) -> bytes:
+    """The same by vfork, which a process with little memory of its own hardly notices."""
+    reading, writing = os.pipe()
+    pid = os.posix_spawn(argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, writing, 1)])
+    os.close(writing)
+    return _collect(pid, reading)
+
+
+def _collect(pid: int, reading: int) -> bytes:
+    output = b""
+    while part := os.read(reading, 65536):
+        output += part
+    os.close(reading)
+    os.waitpid(pid, 0)
+    return output
+
+
+def rounds(count: int) -> Iterator[int]:
+    """Up to `count` rounds, as many as fit into a part's time."""
+    end = time.monotonic() + PART_S
+    for number in range(count):
+        if time.monotonic() > end:
+            return
+        yield number
+
+
+def measure_execute(server: Server) -> list[Series]:
+    """execute `echo` over HTTP, and the two bare ways."""
+    bare, spawned, executed = Series("fork+exec echo"), Series("posix_spawn echo"), Series("execute echo over HTTP")  # fmt: skip
+    request = {"command": "echo", "args": ["hello"]}
+    with Connection(server.port) as connection, a_sandbox(connection) as path:
+        for _ in range(20):
+            connection.document("POST", f"{path}/execute", request)
+        for _ in rounds(ROUNDS):
+            bare.take(lambda: fork_exec(ECHO))
+            spawned.take(lambda: posix_spawn(ECHO))
+            executed.take(lambda: connection.document("POST", f"{path}/execute", request))
+    return [bare, spawned, executed]
+
+
+def measure_life(server: Server) -> list[Series]:
+    """create to first execute, delete, and the direct bwrap."""
+    direct, created, deleted = Series("bwrap --unshare-all true"), Series("create to first execute"), Series("delete")  # fmt: skip
+    with Connection(server.port) as connection:
+        path = ""
+
+        def create_and_execute() -> None:
+            nonlocal path
+            path = f"/sandboxes/{connection.document('POST', '/sandboxes', {})['id']}"
+            connection.document("POST", f"{path}/execute", {"command": "echo", "args": ["hi"]})
+
+        for _ in rounds(LIFE_ROUNDS):
+            direct.take(lambda: posix_spawn(BWRAP))
+            created.take(create_and_execute)
+            deleted.take(lambda: connection.ask("DELETE", path))
+    return [direct, created, deleted]
+
+
+def measure_crowd(server: Server) -> tuple[int, float]:
+    """How many of `CROWD` sandboxes are alive at once, and the PSS of one in MiB."""
+    local = threading.local()
+
+    def ask(method: str, path: str, document: object = None) -> tuple[int, bytes]:
+        if not hasattr(local, "connection"):
+            local.connection = Connection(server.port)
+        answer: tuple[int, bytes] = local.connection.ask(method, path, document)
+        return answer
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: ask("POST", "/sandboxes", {}), rounds(CROWD)))
+        ids = [json.loads(body)["id"] for status, body in made if status == 201]
+        executed = pool.map(
+            lambda ref: ask("POST", f"/sandboxes/{ref}/execute", {"command": "true"}), ids
+        )
+        alive = sum(json.loads(body).get("exit_code") == 0 for _, body in executed)
+        memory = sum(map(pss_bytes, box_pids(server)))
+        for status, body in pool.map(lambda ref: ask("DELETE", f"/sandboxes/{ref}"), ids):
+            assert status == 204, body
+    return alive, memory / MIB / max(alive, 1)
+
+
+def box_pids(server: Server) -> set[int]:
+    """Every process of every sandbox: pid 1, what it started, and bubblewrap outside."""
+    title = f"heyvm:{server.mark}:".encode()
+    outside = {pid for pid in all_pids() if command_line(pid).startswith(title)}
+    return outside | {pid for pid in server.sandbox_pids() if b"launcher.py" not in command_line(pid)}  # fmt: skip
+
+
+def pss_bytes(pid: int) -> int:
+    """The process's share of memory (proc_pid_smaps(5)); 0 where it just went."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def measure_at_once(server: Server) -> tuple[int, float]:
+    """How many of `AT_ONCE` executes in one sandbox give their own answer, and the seconds."""
+    barrier = threading.Barrier(AT_ONCE)
+
+    def one(path: str, number: int) -> bool:
+        with Connection(server.port) as connection:
+            barrier.wait(30)
+            request = {"command": f"sleep 0.2; echo {number}"}
+            return (
+                connection.document("POST", f"{path}/execute", request)["stdout"] == f"{number}\n"
+            )
+
+    with Connection(server.port) as connection, a_sandbox(connection) as path:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            right = sum(pool.map(lambda number: one(path, number), range(AT_ONCE)))
+        return right, time.perf_counter() - began
+
+
+@contextmanager
+def a_sandbox(connection: Connection) -> Iterator[str]:
+    """A sandbox's path; deleted afterwards."""
+    path = f"/sandboxes/{connection.document('POST', '/sandboxes', {})['id']}"
+    try:
+        yield path
+    finally:
+        connection.ask("DELETE", path)
+
+
+@contextmanager
+def watched_health(server: Server) -> Iterator[Series]:
+    """`/health` every 20 ms over a new connection, asked by a process of its own."""
+    series = Series("/health, all the while")
+    watcher = subprocess.Popen(
+        [sys.executable, __file__, "--watch-health", str(server.port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        yield series
+    finally:
+        output, _ = watcher.communicate(b"", timeout=30)
+        series.values = json.loads(output)
+
+
+def watch_health(port: int) -> None:
+    """Until standard input ends; prints the durations."""
+    series = Series("health")
+    done = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+
+    def ask() -> None:
+        with Connection(port) as connection:
+            status, body = connection.ask("GET", "/health")
+            assert status == 200, body
+
+    while not done.wait(HEALTH_PAUSE_S):
+        series.take(ask)
+    print(json.dumps(series.values))
+
+
+def report(series: list[Series]) -> None:
+    """p50, p95 and p99 in ms, and the ratio of medians to the first of the list."""
+    for one in series:
+        if not one.values:
+            continue
+        numbers = "".join(f"{one.at(percent) * 1000:9.2f}" for percent in (50, 95, 99))
+        ratio = one.at(50) / series[0].at(50)
+        print(f"{one.name:28}{len(one.values):6}{numbers}{ratio:8.2f}", flush=True)
+
+
+def main() -> None:
+    """Take every measure, print it, then say which targets are met."""
+    if sys.argv[1:2] == ["--watch-health"]:
+        watch_health(int(sys.argv[2]))
+        return
+    print(f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}")
+    print(f"{'':28}{'n':>6}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'ratio':>8}")
+    verdicts: list[Verdict] = []
+    with Server() as server:
+        with watched_health(server) as health:
+            bare, spawned, executed = measure_execute(server)
+            report([bare, spawned, executed])
+            ratio = executed.at(50) / bare.at(50)
+            verdicts.append(Verdict("execute / fork+exec", ratio, 3, "times"))
+            direct, created, deleted = measure_life(server)
+            report([direct, created, deleted])
+            ratio = created.at(50) / direct.at(50)
+            verdicts.append(Verdict("create to first execute / bwrap", ratio, 6, "times"))
+            ratio = deleted.at(50) / direct.at(50)
+            verdicts.append(Verdict("delete / bwrap", ratio, 3, "times"))
+            right, took = measure_at_once(server)
+            print(f"{AT_ONCE} executes at once in one sandbox: {right} right, in {took:.2f} s")
+            verdicts.append(Verdict("executes at once, lost", AT_ONCE - right, 0, "of 50"))
+            alive, memory = measure_crowd(server)
+            print(f"{CROWD} sandboxes at once: {alive} alive, {memory:.2f} MiB PSS each")
+            verdicts.append(Verdict("sandboxes at once, missing", CROWD - alive, 0, "of 300"))
+            verdicts.append(Verdict("PSS of a sandbox", memory, 10, "MiB"))
+        report([health])
+        verdicts.append(Verdict("/health, slowest", max(health.values) * 1000, 100, "ms"))
+    print("\n".join(map(str, verdicts)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""`heyvm doctor`: what a sandbox needs of this machine, tried by running one. Changes nothing.
+
+Each check says what is and what to do about it; none of them guesses where it can try.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from heyvm.errors import HeyvmError
+from heyvm.settings import Settings
+
+T = TypeVar("T")
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+SOCKET_PATH_BYTES = 107  # unix(7): sun_path has 108, the last one is a zero
+LONGEST_SOCKET = "agents/sb-00000000.sock.new"
+ENOUGH_BYTES = 1024**3
+ENOUGH_INODES = 20_000
+NEWEST_PYTHON = (3, 13)
+IDMAPPED_OVERLAY = (5, 19)  # overlayfs takes idmapped layers from there
+USERNS_CURE = "sysctl -w user.max_user_namespaces=15000, and in /etc/sysctl.d to keep it"
+
+APPARMOR_PROFILE = """\
+abi <abi/4.0>,
+include <tunables/global>
+profile heyvm {programs} flags=(unconfined) {{
+  userns,
+}}"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `name`, how it stands (`ok`, `warn`, `FAIL`), what is, and what to do."""
+
+    level: str
+    name: str
+    what: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:4} {self.name}: {self.what}" + (f" - {self.cure}" if self.cure else "")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the facts are read; tests give another root, or another user."""
+
+    root: Path = Path("/")
+    euid: int = os.geteuid()
+    release: str = platform.release()
+
+    def text(self, path: str) -> str | None:
+        """What a file holds, without white space around it; None where it is not there."""
+        try:
+            return (self.root / path.lstrip("/")).read_text().strip()
+        except OSError:
+            return None
+
+
+def run(settings: Settings, *, as_json: bool = False) -> int:
+    """Print every check. 0 where a sandbox ran, else 1."""
+    checks: list[Check] = []
+    for check in every_check(settings, Machine()):
+        checks.append(check)
+        if not as_json:
+            print(check, flush=True)
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    return int(any(check.level == FAIL for check in checks))
+
+
+def every_check(settings: Settings, machine: Machine) -> Iterator[Check]:
+    """What is needed first, then what is good to have, then a sandbox's whole life."""
+    yield python()
+    yield seccomp()
+    yield bubblewrap(settings)
+    yield user_namespaces(machine)
+    yield apparmor(machine)
+    yield idmapped_mounts(machine)
+    yield ids(machine)
+    yield groups()
+    yield run_directory(settings)
+    yield data_directory(settings, machine)
+    yield space(settings)
+    yield from a_sandbox(settings)
+
+
+def python() -> Check:
+    """Which one; pip has refused those that are too old."""
+    version = platform.python_version()
+    if sys.version_info[:2] > NEWEST_PYTHON:
+        return Check(WARN, "python", version, "newer than any that heyvm was tried with")
+    return Check(OK, "python", f"{version}, {sys.executable}")
+
+
+def seccomp() -> Check:
+    """The filter is built by libseccomp."""
+    try:
+        import pyseccomp
+    except (ImportError, OSError, RuntimeError) as error:
+        return Check(FAIL, "libseccomp", str(error), "apt install libseccomp2")
+    return Check(OK, "libseccomp", ".".join(map(str, pyseccomp.version())))
+
+
+def bubblewrap(settings: Settings) -> Check:
+    """There, new enough, and not set-uid."""
+    from heyvm.backends.bubblewrap import Bubblewrap, bwrap_version
+
+    try:
+        Bubblewrap(settings).check()
+    except HeyvmError as wrong:
+        return Check(FAIL, "bubblewrap", wrong.detail)
+    path = shutil.which("bwrap") or "/usr/bin/bwrap"
+    return Check(OK, "bubblewrap", f"{'.'.join(map(str, bwrap_version(path)))}, {path}")
+
+
+def user_namespaces(machine: Machine) -> Check:
+    """Sandboxes are user namespaces, whoever runs the server."""
+    name = "user namespaces"
+    most = machine.text("/proc/sys/user/max_user_namespaces")
+    if most is None:
+        return Check(FAIL, name, "this kernel has none", "a kernel with CONFIG_USER_NS")
+    if most == "0":
+        return Check(FAIL, name, "user.max_user_namespaces is 0", USERNS_CURE)
+    clone = machine.text("/proc/sys/kernel/unprivileged_userns_clone")
+    if clone == "0" and machine.euid != 0:
+        cure = "sysctl -w kernel.unprivileged_userns_clone=1, and in /etc/sysctl.d to keep it"
+        return Check(FAIL, name, "kernel.unprivileged_userns_clone is 0", cure)
+    return Check(OK, name, f"up to {most}")
+
+
+def apparmor(machine: Machine) -> Check:
+    """Ubuntu 24.04 takes an ordinary user's namespaces their rights unless a profile says not."""
+    name = "AppArmor"
+    restricted = machine.text("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
+    if restricted != "1":
+        return Check(OK, name, "does not restrict user namespaces")
+    if machine.euid == 0:
+        return Check(OK, name, "restricts the user namespaces of ordinary users, not root's")
+    programs = f"{{{os.path.realpath(sys.executable)},{shutil.which('bwrap') or '/usr/bin/bwrap'}}}"
+    profile = APPARMOR_PROFILE.format(programs=programs)
+    cure = (
+        "as root, write the profile below to /etc/apparmor.d/heyvm and load it with"
+        f" `apparmor_parser -r /etc/apparmor.d/heyvm`:\n{profile}"
+    )
+    return Check(WARN, name, "kernel.apparmor_restrict_unprivileged_userns is 1", cure)
+
+
+def idmapped_mounts(machine: Machine) -> Check:
+    """What gives each sandbox of a root server its own ids over one shared system."""
+    name = "idmapped mounts"
+    if machine.euid != 0:
+        return Check(OK, name, "not needed: an ordinary user's sandbox has one id")
+    number = tuple(int(part) for part in machine.release.split("-")[0].split(".")[:2])
+    if number < IDMAPPED_OVERLAY:
+        return Check(FAIL, name, f"kernel {machine.release}", "they need Linux 5.19 or newer")
+    return Check(OK, name, f"kernel {machine.release}")
+
+
+def ids(machine: Machine) -> Check:
+    """Whose ids a sandbox has."""
+    if machine.euid != 0:
+        return Check(
+            WARN,
+            "ids",
+            "an ordinary user's sandbox has one id, yours: what needs a second one (apt-get, su)"
+            " fails inside, and files that it makes are yours",
+            "run the server as root for 65,536 ids for each sandbox",
+        )
+    for path in ("/etc/subuid", "/etc/subgid"):
+        place = machine.root / path.lstrip("/")
+        place = place if place.exists() else place.parent
+        if not os.access(place, os.W_OK):
+            cure = "sandboxes' ids are reserved there: make it writable"
+            return Check(FAIL, "ids", f"{path} cannot be written", cure)
+    return Check(OK, "ids", "65,536 for each sandbox, reserved in /etc/subuid and /etc/subgid")
+
+
+def groups() -> Check:
+    """cgroups hold a sandbox's processes together; without one they are found another way."""
+    from heyvm.backends import cgroups
+
+    found = cgroups.hierarchies()
+    if not found:
+        what = "none that may be written; a sandbox's processes are found by what they see instead"
+        return Check(OK if os.geteuid() else WARN, "cgroups", what)
+    kinds = {"v2" if Path(path, "cgroup.controllers").exists() else "v1" for path in found}
+    return Check(OK, "cgroups", f"{' and '.join(sorted(kinds))}, {', '.join(found)}")
+
+
+def run_directory(settings: Settings) -> Check:
+    """The path of a unix socket is short."""
+    length = len(os.fsencode(settings.run_dir / LONGEST_SOCKET))
+    if length > SOCKET_PATH_BYTES:
+        what = f"{settings.run_dir} makes socket paths of {length} bytes, {SOCKET_PATH_BYTES} fit"
+        return Check(FAIL, "run directory", what, "set HEYVM_RUN_DIR to a shorter one")
+    return Check(OK, "run directory", str(settings.run_dir))
+
+
+def data_directory(settings: Settings, machine: Machine) -> Check:
+    """A sandbox's files are an overlay, and the kernel refuses one on another."""
+    kind = file_system_of(_existing(settings.data_dir), machine)
+    what = f"{settings.data_dir} on {kind}"
+    if kind == "overlay":
+        cure = "put HEYVM_DATA_DIR on a volume (docker run -v heyvm:/var/lib/heyvm)"
+        return Check(FAIL, "data directory", f"{what}: overlay on overlay does not work", cure)
+    return Check(OK, "data directory", what)
+
+
+def file_system_of(path: Path, machine: Machine) -> str:
+    """The type of the file system that `path` lies on, as mountinfo has it (proc(5))."""
+    best, kind = "", "an unknown file system"
+    for line in (machine.text("/proc/self/mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4].replace("\\040", " ")
+        if len(point) >= len(best) and path.is_relative_to(point):
+            best, kind = point, after.split(" ")[0]
+    return kind
+
+
+def space(settings: Settings) -> Check:
+    """Enough for sandboxes to write something."""
+    place = os.statvfs(_existing(settings.data_dir))
+    free = place.f_bavail * place.f_frsize
+    what = f"{free / 1024**3:.1f} GiB free"
+    if free < ENOUGH_BYTES:
+        return Check(WARN, "space", what, f"sandboxes need some on {settings.data_dir}")
+    if place.f_files and place.f_favail < ENOUGH_INODES:
+        return Check(WARN, "space", f"{what}, but {place.f_favail} inodes", "delete small files")
+    return Check(OK, "space", what)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
+    return next(place for place in (path, *path.parents) if place.is_dir())
+
+
+def a_sandbox(settings: Settings) -> Iterator[Check]:
+    """Create, execute and delete, in a data directory of its own beside the real data."""
+    try:
+        with _own_directories(settings) as own:
+            yield from _whole_life(own)
+    except OSError as error:
+        cure = f"can this user write to {_existing(settings.data_dir)}?"
+        yield Check(FAIL, "a sandbox", str(error), cure)
+
+
+@contextlib.contextmanager
+def _own_directories(settings: Settings) -> Iterator[Settings]:
+    # On the real data directory's file system: that is the one that has to be able to.
+    data = tempfile.mkdtemp(prefix=".heyvm-doctor-", dir=_existing(settings.data_dir))
+    try:
+        with tempfile.TemporaryDirectory(prefix="hv-") as run_dir:
+            own = replace(settings, data_dir=Path(data), run_dir=Path(run_dir), notices=())
+            try:
+                yield own
+            finally:
+                _give_back(own)
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def _give_back(own: Settings) -> None:
+    """Ids and cgroups that were reserved for the directories that go."""
+    from heyvm.backends import cgroups, ranges
+
+    with contextlib.suppress(HeyvmError, OSError):
+        cgroups.remove_tree(own.mark)
+        if os.geteuid() == 0:
+            ranges.release(own.mark)
+
+
+def _whole_life(own: Settings) -> Iterator[Check]:
+    from app import create_app
+    from heyvm.api.parts import EXTENSION, Services
+    from heyvm.models import CreateSpec, ExecRequest
+
+    services: Services = create_app(own).extensions[EXTENSION]
+    try:
+        sandbox, took = _timed(lambda: services.lifecycle.create(CreateSpec(name="doctor")))
+    except HeyvmError as wrong:
+        yield Check(FAIL, "create", wrong.detail, "mend what is said above, then ask again")
+        return
+    yield Check(OK, "create", f"{took * 1000:.0f} ms, with what the first one makes for all")
+    try:
+        result, took = _timed(
+            lambda: services.processes.execute(sandbox.id, ExecRequest("echo", ("hello",)))
+        )
+        said = result.stdout.decode(errors="replace")
+        level = OK if said == "hello\n" else FAIL
+        yield Check(level, "execute", f"{took * 1000:.0f} ms, echo said {said!r}")
+    except HeyvmError as wrong:
+        yield Check(FAIL, "execute", wrong.detail)
+    finally:
+        _, took = _timed(lambda: services.lifecycle.delete(sandbox.id))
+    yield Check(OK, "delete", f"{took * 1000:.0f} ms")
+
+
+def _timed(act: Callable[[], T]) -> tuple[T, float]:
+    began = time.monotonic()
+    return act(), time.monotonic() - began
