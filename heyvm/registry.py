@@ -1,0 +1,957 @@
+"""The SQLite file that every process of the server shares: what exists, and what is wanted.
+
+The only module that speaks SQL. It waits for SQLite's locks by `time.sleep`, which yields in a
+gevent process; between BEGIN and COMMIT there is nothing that could switch greenlets.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import hashlib
+import hmac
+import json
+import os
+import random
+import sqlite3
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from heyvm import slugs
+from heyvm.errors import (
+    BadRequest,
+    Conflict,
+    HeyvmError,
+    Misconfigured,
+    NotFound,
+    QuotaExceeded,
+    StorageFull,
+    Unavailable,
+)
+from heyvm.models import Mount, Page, Sandbox, Status
+
+T = TypeVar("T")
+Row = tuple[Any, ...]
+
+PATIENCE_S = 10.0
+FIRST_PAUSE_S = 0.001
+LONGEST_PAUSE_S = 0.02
+KEPT_TOMBSTONES_S = 7 * 86_400.0
+KEPT_KEYS_S = 86_400.0
+# The keeper checkpoints; this is for when there is none. 16 MiB of pages of 4 KiB: far enough that
+# a worker does not stop for an fsync.
+AUTOCHECKPOINT_PAGES = 4096
+WAL_LIMIT_BYTES = 64 * 1024 * 1024
+BALLAST_BYTES = 1024 * 1024
+DELETED = "deleted by request"  # the reason that goes without saying
+APPLICATION_ID = 0x6865796F  # "heyo": tells our file from another program's database
+
+# Applied in order, each in a transaction with its number; never changed once released.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL)",
+        "INSERT INTO meta VALUES ('cursor-key', randomblob(16))",
+        """CREATE TABLE sandboxes (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            slug TEXT NOT NULL,
+            status TEXT NOT NULL,
+            status_changed_at REAL NOT NULL,
+            created_at REAL NOT NULL,
+            started_at REAL,
+            backend_type TEXT NOT NULL,
+            image_resolved TEXT NOT NULL,
+            ttl_seconds INTEGER,
+            ttl_left REAL,
+            expires_at REAL,
+            expires_boot REAL,
+            boot_id TEXT,
+            error_message TEXT,
+            id_base INTEGER,
+            wanted TEXT,
+            deleted_at REAL,
+            deleted_reason TEXT,
+            spec TEXT NOT NULL,
+            state TEXT NOT NULL,
+            visit TEXT,
+            warnings TEXT NOT NULL,
+            metadata TEXT NOT NULL
+        )""",
+        "CREATE UNIQUE INDEX live_slug ON sandboxes (slug) WHERE deleted_at IS NULL",
+        "CREATE UNIQUE INDEX live_id_base ON sandboxes (id_base)"
+        " WHERE deleted_at IS NULL AND id_base IS NOT NULL",
+        "CREATE INDEX live_by_age ON sandboxes (created_at, id) WHERE deleted_at IS NULL",
+        "CREATE INDEX due ON sandboxes (expires_boot) WHERE expires_boot IS NOT NULL",
+        "CREATE INDEX buried ON sandboxes (slug, deleted_at) WHERE deleted_at IS NOT NULL",
+        "CREATE INDEX unsettled ON sandboxes (id) WHERE deleted_at IS NULL AND"
+        " (status IN ('provisioning', 'stopping') OR wanted IS NOT NULL OR visit IS NOT NULL)",
+        """CREATE TABLE idempotency (
+            key TEXT PRIMARY KEY,
+            body_hash TEXT NOT NULL,
+            sandbox_id TEXT NOT NULL,
+            created_at REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
+)
+
+_COLUMNS = (
+    "id, name, slug, status, status_changed_at, created_at, started_at, backend_type,"
+    " image_resolved, ttl_seconds, expires_at, expires_boot, boot_id, error_message, id_base,"
+    " spec, state, warnings, metadata"
+)
+_BY_ID = f"SELECT {_COLUMNS} FROM sandboxes WHERE id = ? AND deleted_at IS NULL"
+_BY_SLUG = f"SELECT {_COLUMNS} FROM sandboxes WHERE slug = ? AND deleted_at IS NULL"
+# Must stay word for word what the index `unsettled` says: SQLite uses it only then.
+_UNSETTLED = (
+    "deleted_at IS NULL AND"
+    " (status IN ('provisioning', 'stopping') OR wanted IS NOT NULL OR visit IS NOT NULL)"
+)
+# Leaving `running`: what is left of the time to live is kept, and the clock stands still. After a
+# reboot nobody knows when the sandbox ended, so its time starts anew.
+_CLOCK_STOPS = (
+    "ttl_left = CASE WHEN expires_boot IS NULL THEN ttl_left"
+    " WHEN boot_id = :boot_id THEN max(expires_boot - :boot, 0) ELSE ttl_seconds END,"
+    " expires_boot = NULL, expires_at = NULL"
+)
+
+
+def boottime() -> float:
+    """Seconds since this machine booted, time asleep included; no setting of the clock moves it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def read_boot_id() -> str:
+    """What names this boot of this machine (proc_sys_kernel(5), random/boot_id)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the time comes from: `wall` to be read by people, `boot` to count with."""
+
+    wall: Callable[[], float] = time.time
+    boot: Callable[[], float] = boottime
+    boot_id: str = field(default_factory=read_boot_id)
+
+
+@dataclass(frozen=True)
+class IdempotencyKey:
+    """What a client sent to say that two requests are one. `body_hash` tells them apart."""
+
+    key: str
+    body_hash: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sandbox with what only its lifecycle looks at.
+
+    `wanted` (`stopped`, `deleted`, `expired`) is what somebody asks of the lock's holder; `visit`
+    is the state of a box for work on a stopped one's files; `boot_id` the boot it was started in.
+    """
+
+    sandbox: Sandbox
+    wanted: str | None
+    visit: Mapping[str, Any] | None
+    boot_id: str | None
+
+
+class IdTaken(HeyvmError):
+    """The id that was drawn is in use: draw another."""
+
+
+class BaseTaken(HeyvmError):
+    """Somebody else took this range of ids meanwhile: allocate another."""
+
+
+class Registry:
+    """The registry at `path`. Any number of threads, greenlets and processes may use one each.
+
+    Connections are opened at the first use in each process, so that one made before a fork may be
+    used after it. Every method raises `Unavailable` when others keep the file busy for `patience`
+    seconds, and the writing ones `StorageFull`.
+    """
+
+    def __init__(
+        self, path: Path, *, clock: Clock | None = None, patience: float = PATIENCE_S
+    ) -> None:
+        self.path = path
+        self.clock = clock or Clock()
+        self._patience = patience
+        self._carried_over: list[object] = []
+        self._start_afresh()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def find(self, ref: str) -> Sandbox | None:
+        """The sandbox of this id or slug, as it is now; None if there is none (any more)."""
+        if not ref.isascii():
+            return None
+        rows = self._read(_BY_ID if slugs.is_id(ref) else _BY_SLUG, (ref,))
+        return self._sandbox(rows[0]) if rows else None
+
+    def get(self, ref: str) -> Sandbox:
+        """The sandbox of this id or slug; `NotFound` says when and why it went, where it did."""
+        sandbox = self.find(ref)
+        if sandbox is None:
+            raise NotFound(self._why_not(ref))
+        return sandbox
+
+    def entry(self, sandbox_id: str) -> Entry:
+        """The sandbox of this id with what its lifecycle looks at, or `NotFound`."""
+        rows = self._read(
+            f"SELECT {_COLUMNS}, wanted, visit, boot_id FROM sandboxes"
+            " WHERE id = ? AND deleted_at IS NULL",
+            (sandbox_id,),
+        )
+        if not rows:
+            raise NotFound(self._why_not(sandbox_id))
+        return self._entry(rows[0])
+
+    def page(
+        self,
+        statuses: frozenset[Status],
+        *,
+        name: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> Page:
+        """Those in one of `statuses`, oldest first. `cursor` is a `Page.cursor` of before: nothing
+        that stays is shown twice or left out, whatever comes and goes between two pages."""
+        where = [f"status IN ({', '.join('?' * len(statuses))})"]
+        values: list[object] = [str(status) for status in sorted(statuses)]
+        if name is not None:
+            where.append("name = ?")
+            values.append(name.encode(errors="replace").decode())
+        if cursor is not None:
+            where.append("(created_at, id) > (?, ?)")
+            values.extend(self._read_cursor(cursor))
+        rows = self._read(
+            f"SELECT {_COLUMNS} FROM sandboxes WHERE deleted_at IS NULL AND {' AND '.join(where)}"
+            " ORDER BY created_at, id LIMIT ?",
+            (*values, -1 if limit is None else limit + 1),
+        )
+        found = [self._sandbox(row) for row in rows[:limit]]
+        more = limit is not None and len(rows) > limit and bool(found)
+        return Page(found, self._cursor(found[-1]) if more else None)
+
+    def running(self) -> Sequence[Entry]:
+        """Every sandbox that is said to run."""
+        rows = self._read(
+            f"SELECT {_COLUMNS}, wanted, visit, boot_id FROM sandboxes"
+            " WHERE deleted_at IS NULL AND status = 'running'"
+        )
+        return [self._entry(row) for row in rows]
+
+    def unsettled(self) -> Sequence[str]:
+        """The ids of those that somebody is changing, or was when it died."""
+        return [row[0] for row in self._read(f"SELECT id FROM sandboxes WHERE {_UNSETTLED}")]
+
+    def known_ids(self) -> frozenset[str]:
+        """The id of every sandbox that is not deleted."""
+        return frozenset(
+            row[0] for row in self._read("SELECT id FROM sandboxes WHERE deleted_at IS NULL")
+        )
+
+    def id_bases(self) -> frozenset[int]:
+        """The bases of every range of ids in use."""
+        rows = self._read(
+            "SELECT id_base FROM sandboxes WHERE deleted_at IS NULL AND id_base IS NOT NULL"
+        )
+        return frozenset(row[0] for row in rows)
+
+    def changes(self) -> int:
+        """A number that moves when another connection has changed anything (costs 5 µs)."""
+        return int(self._read("PRAGMA data_version")[0][0])
+
+    def replay(self, key: IdempotencyKey) -> str | None:
+        """The id of the sandbox that `key` made, if it made one within the last day.
+
+        `Conflict` if it came with another body, or the sandbox is gone.
+        """
+        rows = self._read(*self._key_query(key))
+        return self._replayed(rows, key) if rows else None
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def add(
+        self, sandbox: Sandbox, *, limit: int | None = None, key: IdempotencyKey | None = None
+    ) -> tuple[Sandbox, bool]:
+        """Write a new row, and `key` with it. An empty slug is derived from the name.
+
+        True, with the sandbox of before, where `key` was used already. Raises `QuotaExceeded` where
+        there are `limit` sandboxes, `Conflict` for a taken slug, `IdTaken`, `BaseTaken`.
+        """
+
+        def work(connection: sqlite3.Connection) -> tuple[Sandbox, bool]:
+            if key is not None:
+                rows = connection.execute(*self._key_query(key)).fetchall()
+                if rows:
+                    earlier = self._replayed(rows, key)
+                    return self._sandbox(_one(connection, _BY_ID, earlier)), True
+            self._admit(connection, sandbox, limit)
+            slug = sandbox.slug or self._derive(connection, sandbox)
+            self._insert(connection, replace(sandbox, slug=slug))
+            if key is not None:
+                self._insert_key(connection, key, sandbox.id)
+            return self._sandbox(_one(connection, _BY_ID, sandbox.id)), False
+
+        return self._write(work)
+
+    def remove(self, sandbox_id: str) -> None:
+        """Forget a sandbox of which nothing was ever made, and its idempotency key."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
+            connection.execute("DELETE FROM idempotency WHERE sandbox_id = ?", (sandbox_id,))
+
+        self._write(work, vital=True)
+
+    def claim(
+        self, sandbox_id: str, *, expect: frozenset[Status], become: Status
+    ) -> Sandbox | None:
+        """Move to a passing state, if it is in one of `expect` and nobody wants its end."""
+        return self._change(
+            f"status = :status, status_changed_at = :now, {_CLOCK_STOPS}",
+            f"status IN ({', '.join(repr(str(status)) for status in expect)}) AND wanted IS NULL",
+            sandbox_id,
+            {"status": become},
+        )
+
+    def record(self, sandbox_id: str, state: Mapping[str, Any]) -> bool:
+        """Keep the backend's note on a box that is coming up; False if its end is wanted."""
+        return (
+            self._change(
+                "state = :state",
+                "status = 'provisioning' AND wanted IS NULL",
+                sandbox_id,
+                {"state": _dump(state)},
+            )
+            is not None
+        )
+
+    def record_visit(self, sandbox_id: str, state: Mapping[str, Any] | None) -> bool:
+        """Keep the backend's note on a visit (None: it is over); False if its end is wanted."""
+        return (
+            self._change(
+                "visit = :visit",
+                "(wanted IS NULL OR :visit IS NULL)",
+                sandbox_id,
+                {"visit": None if state is None else _dump(state)},
+            )
+            is not None
+        )
+
+    def settle_running(self, sandbox_id: str) -> Sandbox | None:
+        """From provisioning to running: its time to live begins, or goes on. None if its end is
+        wanted."""
+        return self._change(
+            "status = 'running', status_changed_at = :now, started_at = :now, boot_id = :boot_id,"
+            " error_message = NULL, expires_boot = :boot + ttl_left, expires_at = :now + ttl_left",
+            "status = 'provisioning' AND wanted IS NULL",
+            sandbox_id,
+        )
+
+    def settle_stopped(self, sandbox_id: str, *, message: str | None = None) -> Sandbox | None:
+        """Nothing of it runs any more, as was asked. None if its end is wanted."""
+        return self._change(
+            "status = 'stopped', status_changed_at = :now, started_at = NULL, wanted = NULL,"
+            f" error_message = coalesce(:message, error_message), {_CLOCK_STOPS}",
+            "(wanted IS NULL OR wanted = 'stopped')",
+            sandbox_id,
+            {"message": message},
+            vital=True,
+        )
+
+    def settle_failed(self, sandbox_id: str, message: str) -> Sandbox | None:
+        """Nothing of it runs any more, because of `message`. None if its end is wanted."""
+        return self._change(
+            "status = 'failed', status_changed_at = :now, started_at = NULL,"
+            f" error_message = :message, {_CLOCK_STOPS}",
+            "wanted IS NULL",
+            sandbox_id,
+            {"message": message},
+            vital=True,
+        )
+
+    def want(self, sandbox_id: str, wanted: str, *, reason: str | None = None) -> Entry:
+        """Tell whoever changes the sandbox that it is to be `stopped` or `deleted`.
+
+        From then on nobody can record a box for it, settle it as running or renew it. Of two wishes
+        the more final one stays. The entry is as it is after that: what it names is all there is.
+        """
+        self._change(
+            "wanted = CASE WHEN wanted IN ('deleted', 'expired') THEN wanted ELSE :wanted END,"
+            " deleted_reason = coalesce(deleted_reason, :reason),"
+            " status_changed_at = CASE WHEN status IN ('stopped', 'failed', 'stopping')"
+            " THEN status_changed_at ELSE :now END,"
+            " status = CASE WHEN status IN ('stopped', 'failed') THEN status ELSE 'stopping' END,"
+            f" {_CLOCK_STOPS}",
+            "1",
+            sandbox_id,
+            {"wanted": wanted, "reason": reason},
+            vital=True,
+        )
+        return self.entry(sandbox_id)
+
+    def expire_due(self) -> Sequence[str]:
+        """Mark those whose time is over; their ids. A renewal before wins, one after is refused."""
+        due = (
+            "status = 'running' AND expires_boot <= :boot AND boot_id = :boot_id"
+            " AND wanted IS NULL AND deleted_at IS NULL"
+        )
+        times = self._times()
+        if not self._read(f"SELECT 1 FROM sandboxes WHERE {due} LIMIT 1", times):
+            return []
+        update = (
+            "UPDATE sandboxes SET wanted = 'expired', deleted_reason = 'expired',"
+            f" status = 'stopping', status_changed_at = :now, {_CLOCK_STOPS} WHERE {due}"
+            " RETURNING id"
+        )
+        return self._write(
+            lambda connection: [row[0] for row in connection.execute(update, times).fetchall()],
+            vital=True,
+        )
+
+    def bury(self, sandbox_id: str) -> None:
+        """Every trace of it is gone. The row stays a week, to say when and why."""
+        self._change(
+            "deleted_at = :now, deleted_reason = coalesce(deleted_reason, :reason),"
+            " status = 'stopped', wanted = NULL, visit = NULL, expires_boot = NULL,"
+            # Not needed to say when and why, and it may hold secrets.
+            " spec = '{}', state = '{}', metadata = '{}', error_message = NULL",
+            "1",
+            sandbox_id,
+            {"reason": DELETED},
+            vital=True,
+        )
+
+    def amend(
+        self, sandbox_id: str, change: Callable[[Sandbox], Sandbox], *, renew: bool = False
+    ) -> Sandbox:
+        """Replace what a user sets (name, spec, metadata, warnings) by what `change` makes of it.
+
+        `change` runs inside the transaction: it must be pure. `renew`: the result's `ttl_seconds`
+        counts from now. `NotFound` if it is gone or about to go.
+        """
+
+        def work(connection: sqlite3.Connection) -> Sandbox | None:
+            rows = connection.execute(
+                _BY_ID + " AND (wanted IS NULL OR wanted = 'stopped')", (sandbox_id,)
+            ).fetchall()
+            if not rows:
+                return None
+            after = change(self._sandbox(rows[0]))
+            connection.execute(_amendment(renew), _user_columns(after) | self._times())
+            return self._sandbox(_one(connection, _BY_ID, sandbox_id))
+
+        amended = self._write(work)
+        if amended is None:
+            raise NotFound(self._why_not(sandbox_id))
+        return amended
+
+    # -- the keeper's chores ---------------------------------------------------------------------
+
+    def purge(self) -> None:
+        """Forget tombstones and idempotency keys that are old enough."""
+        now = self.clock.wall()
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "DELETE FROM sandboxes WHERE deleted_at < ?", (now - KEPT_TOMBSTONES_S,)
+            )
+            connection.execute("DELETE FROM idempotency WHERE created_at < ?", (now - KEPT_KEYS_S,))
+
+        self._write(work)
+
+    def checkpoint(self) -> None:
+        """Move what can be moved from the WAL into the file, so that no request has to."""
+        self._patiently(
+            self._deadline(),
+            lambda: self._writer().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall(),
+        )
+
+    def keep_ballast(self) -> None:
+        """Hold some disk that the vital writes may have when there is no other."""
+        path = self._ballast_path()
+        if path.exists():
+            return
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, BALLAST_BYTES)
+        except OSError:
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+    def open(self) -> None:
+        """Open and migrate now, so that `Misconfigured` is raised at start."""
+        self.changes()
+        self._writer()
+
+    def close(self) -> None:
+        """Close what this process opened."""
+        for connection in self._connections().values():
+            connection.close()
+        self._open.clear()
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def _sandbox(self, row: Row) -> Sandbox:
+        spec = json.loads(row[15])
+        return Sandbox(
+            id=row[0],
+            name=row[1],
+            slug=row[2],
+            status=Status(row[3]),
+            status_changed_at=row[4],
+            created_at=row[5],
+            started_at=row[6],
+            backend_type=row[7],
+            image_resolved=row[8],
+            ttl_seconds=row[9],
+            expires_at=self._expires_at(row[10], row[11], row[12]),
+            error_message=row[13],
+            id_base=row[14],
+            state=_load(row[16], {}),
+            warnings=tuple(_load(row[17], ())),
+            metadata=_load(row[18], {}),
+            **_spec_fields(spec),
+        )
+
+    def _entry(self, row: Row) -> Entry:
+        wanted, visit, boot_id = row[-3:]
+        return Entry(
+            self._sandbox(row), wanted, None if visit is None else json.loads(visit), boot_id
+        )
+
+    def _expires_at(
+        self, written: float | None, expires_boot: float | None, boot_id: str | None
+    ) -> float | None:
+        """The moment that was written, unless the clock was set since then."""
+        if written is None or expires_boot is None or boot_id != self.clock.boot_id:
+            return written
+        counted = self.clock.wall() + expires_boot - self.clock.boot()
+        return written if abs(counted - written) < 1.0 else counted
+
+    def _why_not(self, ref: str) -> str:
+        where = "id = ?" if slugs.is_id(ref) else "slug = ? AND deleted_at IS NOT NULL"
+        rows = (
+            self._read(
+                "SELECT wanted, deleted_at, deleted_reason, ttl_seconds, status_changed_at"
+                f" FROM sandboxes WHERE {where} ORDER BY deleted_at DESC LIMIT 1",
+                (ref,),
+            )
+            if ref.isascii()
+            else []
+        )
+        if not rows:
+            return f"Sandbox not found: {ref}"
+        wanted, deleted_at, reason, ttl, changed_at = rows[0]
+        when = rfc3339(deleted_at or changed_at)
+        if "expired" in (wanted, reason):
+            return f"sandbox {ref!r} expired at {when}: its ttl_seconds was {ttl}"
+        why = "" if reason in (None, DELETED) else f" ({reason})"
+        return f"sandbox {ref!r} was deleted at {when}{why}"
+
+    def _admit(self, connection: sqlite3.Connection, sandbox: Sandbox, limit: int | None) -> None:
+        if limit is not None:
+            count = connection.execute(
+                "SELECT count(*) FROM sandboxes WHERE deleted_at IS NULL"
+            ).fetchall()[0][0]
+            if count >= limit:
+                raise QuotaExceeded(
+                    f"there are {count} sandboxes and HEYVM_MAX_SANDBOXES is {limit}:"
+                    " delete one, or raise the limit"
+                )
+        if _any(connection, "SELECT 1 FROM sandboxes WHERE id = ?", sandbox.id):
+            raise IdTaken(f"the id {sandbox.id} is taken")
+        if sandbox.slug and _any(connection, _BY_SLUG, sandbox.slug):
+            raise Conflict(f"the slug {sandbox.slug!r} is taken: choose another, or leave it out")
+        if sandbox.id_base is not None and _any(
+            connection,
+            "SELECT 1 FROM sandboxes WHERE deleted_at IS NULL AND id_base = ?",
+            sandbox.id_base,
+        ):
+            raise BaseTaken(f"the ids from {sandbox.id_base} are taken")
+
+    def _derive(self, connection: sqlite3.Connection, sandbox: Sandbox) -> str:
+        def taken(prefix: str) -> frozenset[str]:
+            rows = connection.execute(
+                "SELECT slug FROM sandboxes WHERE deleted_at IS NULL AND slug >= ? AND slug < ?",
+                (prefix, prefix + "\x7f"),
+            ).fetchall()
+            return frozenset(row[0] for row in rows)
+
+        base = slugs.slugify(sandbox.name) if sandbox.name != sandbox.id else ""
+        return slugs.first_free(base, taken) if base else sandbox.id
+
+    def _insert(self, connection: sqlite3.Connection, sandbox: Sandbox) -> None:
+        columns = _user_columns(sandbox) | {
+            "slug": sandbox.slug,
+            "status": sandbox.status,
+            "status_changed_at": sandbox.status_changed_at,
+            "created_at": sandbox.created_at,
+            "backend_type": sandbox.backend_type,
+            "image_resolved": sandbox.image_resolved,
+            "ttl_left": sandbox.ttl_seconds,
+            "id_base": sandbox.id_base,
+            "state": _dump(sandbox.state),
+        }
+        connection.execute(
+            f"INSERT INTO sandboxes ({', '.join(columns)})"
+            f" VALUES ({', '.join(':' + column for column in columns)})",
+            columns,
+        )
+
+    # -- idempotency -----------------------------------------------------------------------------
+
+    def _key_query(self, key: IdempotencyKey) -> tuple[str, tuple[object, ...]]:
+        return (
+            "SELECT body_hash, sandbox_id, sandboxes.id FROM idempotency"
+            " LEFT JOIN sandboxes ON sandboxes.id = sandbox_id AND deleted_at IS NULL"
+            " WHERE key = ? AND idempotency.created_at >= ?",
+            (key.key, self.clock.wall() - KEPT_KEYS_S),
+        )
+
+    def _replayed(self, rows: Sequence[Row], key: IdempotencyKey) -> str:
+        body_hash, sandbox_id, there = rows[0]
+        if body_hash != key.body_hash:
+            raise Conflict(
+                f"the Idempotency-Key {key.key!r} was used with another body: use a new one"
+            )
+        if there is None:
+            raise Conflict(
+                f"the Idempotency-Key {key.key!r} made sandbox {sandbox_id}, which is gone:"
+                " use a new one"
+            )
+        return str(sandbox_id)
+
+    def _insert_key(
+        self, connection: sqlite3.Connection, key: IdempotencyKey, sandbox_id: str
+    ) -> None:
+        connection.execute(
+            "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?)",
+            (key.key, key.body_hash, sandbox_id, self.clock.wall()),
+        )
+
+    # -- cursors ---------------------------------------------------------------------------------
+
+    def _cursor(self, last: Sandbox) -> str:
+        position = struct.pack(">d", last.created_at) + last.id.encode()
+        return base64.urlsafe_b64encode(self._seal(position) + position).decode().rstrip("=")
+
+    def _read_cursor(self, cursor: str) -> tuple[float, str]:
+        try:
+            sealed = base64.urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4))
+            seal, position = sealed[:8], sealed[8:]
+            if not hmac.compare_digest(seal, self._seal(position)):
+                raise ValueError("not one of ours")
+            return struct.unpack(">d", position[:8])[0], position[8:].decode()
+        except (ValueError, binascii.Error, struct.error) as error:
+            raise BadRequest(
+                "the cursor is not one that this server gave: begin again without it"
+            ) from error
+
+    def _seal(self, position: bytes) -> bytes:
+        key = self._read("SELECT value FROM meta WHERE key = 'cursor-key'")[0][0]
+        return hmac.digest(key, position, hashlib.sha256)[:8]
+
+    # -- the machinery ---------------------------------------------------------------------------
+
+    def _times(self) -> dict[str, object]:
+        return {
+            "now": self.clock.wall(),
+            "boot": self.clock.boot(),
+            "boot_id": self.clock.boot_id,
+        }
+
+    def _change(
+        self,
+        assignments: str,
+        condition: str,
+        sandbox_id: str,
+        values: Mapping[str, object] | None = None,
+        *,
+        vital: bool = False,
+    ) -> Sandbox | None:
+        """One conditional UPDATE; the sandbox as it is after it, or None if it did not apply."""
+        update = (
+            f"UPDATE sandboxes SET {assignments}"
+            f" WHERE id = :id AND deleted_at IS NULL AND {condition} RETURNING {_COLUMNS}"
+        )
+        bound = {"id": sandbox_id} | self._times() | dict(values or {})
+        rows = self._write(
+            lambda connection: connection.execute(update, bound).fetchall(), vital=vital
+        )
+        return self._sandbox(rows[0]) if rows else None
+
+    def _read(self, query: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[Row]:
+        deadline = self._deadline()
+
+        def act() -> list[Row]:
+            connection = self._connections().get("reader") or self._connect("reader", deadline)
+            with self._read_lock:
+                return connection.execute(query, values).fetchall()
+
+        return self._patiently(deadline, act)
+
+    def _write(self, work: Callable[[sqlite3.Connection], T], *, vital: bool = False) -> T:
+        """Run `work` in one transaction. It must not do I/O of its own, nor sleep.
+
+        `vital`: what frees disk or says the truth about a sandbox may have the ballast.
+        """
+        try:
+            return self._transact(work)
+        except StorageFull:
+            if not vital or not self._drop_ballast():
+                raise
+        return self._transact(work)
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        deadline = self._deadline()
+        if not self._write_lock.acquire(timeout=self._patience):
+            raise Unavailable("the registry is busy: try again")
+        try:
+            connection = self._writer()
+            try:
+                self._patiently(deadline, lambda: connection.execute("BEGIN IMMEDIATE"))
+                result = work(connection)
+                self._patiently(deadline, lambda: connection.execute("COMMIT"))
+                return result
+            finally:
+                if connection.in_transaction:
+                    with suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise self._translated(error) from error
+        finally:
+            self._write_lock.release()
+
+    def _patiently(self, deadline: float, act: Callable[[], T]) -> T:
+        """Do `act` again while others are in the way. SQLite's own wait sleeps in C: it would stop
+        every greenlet of the process."""
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                return act()
+            except sqlite3.Error as error:
+                if not _is_busy(error):
+                    raise self._translated(error) from error
+            if time.monotonic() >= deadline:
+                raise Unavailable("the registry is busy: try again")
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._patience
+
+    def _writer(self) -> sqlite3.Connection:
+        return self._connections().get("writer") or self._connect("writer", self._deadline())
+
+    def _connections(self) -> dict[str, sqlite3.Connection]:
+        if self._pid != os.getpid():
+            # A connection carried across fork() corrupts the file, and closing one removes the
+            # parent's WAL: it is kept for ever, untouched.
+            self._carried_over.append(self._open)
+            self._start_afresh()
+        return self._open
+
+    def _start_afresh(self) -> None:
+        self._pid = os.getpid()
+        self._open: dict[str, sqlite3.Connection] = {}
+        self._read_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._open_lock = threading.Lock()
+
+    def _connect(self, role: str, deadline: float) -> sqlite3.Connection:
+        with self._open_lock:
+            there = self._open.get(role)
+            if there is not None:
+                return there
+            connection = self._patiently(deadline, self._new_connection)
+            try:
+                self._patiently(deadline, lambda: _refuse_foreign(connection, self.path))
+                self._patiently(deadline, lambda: _tune(connection, self.path))
+                self._migrate(connection, deadline)
+            except BaseException:
+                connection.close()
+                raise
+            self._open[role] = connection
+            return connection
+
+    def _new_connection(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite gives the WAL the file's mode. Only a new file is opened here: closing any
+            # descriptor of one in use would drop the record locks that SQLite holds on it.
+            with suppress(FileExistsError):
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                os.close(os.open(self.path, flags, 0o600))
+        except OSError as error:
+            raise _translated_os(error, self.path) from error
+        return sqlite3.connect(
+            self.path,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+
+    def _migrate(self, connection: sqlite3.Connection, deadline: float) -> None:
+        while self._patiently(deadline, lambda: _version(connection)) < len(MIGRATIONS):
+            self._patiently(deadline, lambda: connection.execute("BEGIN IMMEDIATE"))
+            try:
+                version = _version(connection)
+                # Another process may have done this one while we waited for the lock.
+                for statement in MIGRATIONS[version] if version < len(MIGRATIONS) else ():
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {min(version + 1, len(MIGRATIONS))}")
+                self._patiently(deadline, lambda: connection.execute("COMMIT"))
+            except sqlite3.Error as error:
+                raise self._translated(error) from error
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    def _translated(self, error: sqlite3.Error) -> Exception:
+        match _code(error):
+            case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
+                return StorageFull(f"the registry {self.path} cannot be written: {error}")
+            case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_NOMEM | sqlite3.SQLITE_READONLY:
+                return Unavailable(f"the registry {self.path} cannot be opened: {error}")
+            case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+                return Misconfigured(
+                    f"{self.path} is not a registry of heyvm ({error}): move it away, or set"
+                    " HEYVM_DATA_DIR"
+                )
+        return error
+
+    def _ballast_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".ballast")
+
+    def _drop_ballast(self) -> bool:
+        try:
+            self._ballast_path().unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def rfc3339(moment: float) -> str:
+    """`moment` in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def _amendment(renew: bool) -> str:
+    counted = (
+        ", ttl_left = :ttl_seconds,"
+        " expires_boot = CASE WHEN status = 'running' THEN :boot + :ttl_seconds END,"
+        " expires_at = CASE WHEN status = 'running' THEN :now + :ttl_seconds END"
+    )
+    return (
+        "UPDATE sandboxes SET name = :name, ttl_seconds = :ttl_seconds, spec = :spec,"
+        " warnings = :warnings, metadata = :metadata"
+        + (counted if renew else "")
+        + " WHERE id = :id"
+    )
+
+
+def _user_columns(sandbox: Sandbox) -> dict[str, object]:
+    return {
+        "id": sandbox.id,
+        "name": sandbox.name,
+        "ttl_seconds": sandbox.ttl_seconds,
+        "spec": _dump(
+            {
+                "sandbox_type": sandbox.sandbox_type,
+                "image": sandbox.image,
+                "start_command": sandbox.start_command,
+                "working_directory": sandbox.working_directory,
+                "open_ports": sandbox.open_ports,
+                "env_vars": dict(sandbox.env_vars),
+                "setup_hooks": sandbox.setup_hooks,
+                "mounts": [vars(mount) for mount in sandbox.mounts],
+            }
+        ),
+        "warnings": _dump(sandbox.warnings),
+        "metadata": _dump(dict(sandbox.metadata)),
+    }
+
+
+def _spec_fields(spec: dict[str, Any]) -> dict[str, Any]:
+    for name in ("open_ports", "setup_hooks"):
+        spec[name] = tuple(spec.get(name, ()))
+    spec["mounts"] = tuple(Mount(**mount) for mount in spec.get("mounts", ()))
+    return spec
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _load(text: str, empty: T) -> T:
+    # Most are empty, and the read of a sandbox is on the way of every request.
+    return empty if text in ("{}", "[]") else json.loads(text)
+
+
+def _one(connection: sqlite3.Connection, query: str, value: object) -> Row:
+    row: Row = connection.execute(query, (value,)).fetchall()[0]
+    return row
+
+
+def _any(connection: sqlite3.Connection, query: str, value: object) -> bool:
+    return bool(connection.execute(query, (value,)).fetchall())
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchall()[0][0])
+
+
+def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchall()[0][0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()[0][0]
+    if application != APPLICATION_ID and (application or tables):
+        raise Misconfigured(
+            f"{path} is another program's database: move it away, or set HEYVM_DATA_DIR"
+        )
+    if _version(connection) > len(MIGRATIONS):
+        raise Misconfigured(
+            f"{path} was written by a newer heyvm (its version is {_version(connection)}, this one"
+            f" knows {len(MIGRATIONS)}): install that one, or set HEYVM_DATA_DIR"
+        )
+
+
+def _tune(connection: sqlite3.Connection, path: Path) -> None:
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchall()[0][0]
+    if mode != "wal":
+        raise Misconfigured(f"the file system of {path} cannot hold the registry (no WAL)")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {AUTOCHECKPOINT_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT_BYTES}")
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    """The primary result code: the low byte (sqlite.org/rescode.html)."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+
+
+def _translated_os(error: OSError, path: Path) -> HeyvmError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(f"no space for the registry {path}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Unavailable("too many open files: try again")
+    return Misconfigured(f"the registry {path} cannot be made: {error.strerror}")
