@@ -1,0 +1,1 @@
+"""HTTP: the only package that knows routes, schemas, tokens and status codes."""

@@ -1,0 +1,159 @@
+"""Bodies of requests: which types, how many bytes, and JSON read so strictly that it means one thing.
+
+Reads the server's stream itself: Werkzeug would buffer forms, and take a body that ended early for
+a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from flask import request
+
+from heyvm.errors import BadRequest, TooLarge, UnsupportedMedia
+
+CHUNK_BYTES = 256 * 1024
+MAX_JSON_BYTES = 1024 * 1024
+MAX_EXECUTE_BYTES = 16 * 1024 * 1024
+MAX_JSON_DEPTH = 64
+MAX_INT_DIGITS = 308  # a double, which is what most clients read numbers as, ends there
+
+
+def require_type(*accepted: str) -> None:
+    """415 unless the request's body is of one of these types, plain and in UTF-8."""
+    if "HTTP_CONTENT_ENCODING" in request.environ:
+        raise UnsupportedMedia("send the body plain: a Content-Encoding is not read here")
+    if request.mimetype not in accepted:
+        given = f"not {request.mimetype}" if request.mimetype else "and there is no Content-Type"
+        raise UnsupportedMedia(f"this route reads {' or '.join(accepted)}, {given}")
+    charset = request.mimetype_params.get("charset", "utf-8").lower()
+    if charset not in ("utf-8", "utf8", "us-ascii"):
+        raise UnsupportedMedia(f"send UTF-8, not {charset}")
+
+
+def stream(limit: int | None, name: str) -> Iterator[bytes]:
+    """The request's body in pieces of at most `CHUNK_BYTES`.
+
+    `TooLarge` before the first byte is read where the length is announced, `BadRequest` where the
+    client stopped in the middle. `name` says whose limit it is.
+    """
+    announced = announced_length()
+    if limit is not None and announced is not None and announced > limit:
+        raise TooLarge(f"the body has {announced} bytes, {name} is {limit}")
+    return _pieces(announced, limit, name)
+
+
+def announced_length() -> int | None:
+    given = request.environ.get("CONTENT_LENGTH") or None
+    return None if given is None else int(given)
+
+
+def _pieces(announced: int | None, limit: int | None, name: str) -> Iterator[bytes]:
+    seen = 0
+    while piece := _read(request.environ["wsgi.input"].read):
+        seen += len(piece)
+        if limit is not None and seen > limit:
+            raise TooLarge(f"the body has more than {limit} bytes, which is {name}")
+        yield piece
+    if announced is not None and seen < announced:
+        raise BadRequest(f"the body ended after {seen} of {announced} bytes")
+
+
+def _read(read: Callable[[int], bytes]) -> bytes:
+    try:
+        return read(CHUNK_BYTES)
+    except Exception as error:
+        # Broken chunks and connections: gunicorn's classes for these share no base but Exception.
+        raise BadRequest(f"the body cannot be read: {type(error).__name__}") from error
+
+
+def read_json(limit: int = MAX_JSON_BYTES) -> Any:
+    """The request's JSON. 415 for another type, 413 above `limit`, 400 for what is not JSON."""
+    require_type("application/json")
+    return parse_json(b"".join(stream(limit, "the limit of this route")))
+
+
+def parse_json(text: bytes) -> Any:
+    """One JSON value in which nothing is left to the reader's taste.
+
+    No NaN, no number that a double cannot hold, no key twice, no half of a surrogate pair, no more
+    than `MAX_JSON_DEPTH` levels. Raises `BadRequest`.
+    """
+    try:
+        value = _DECODER.decode(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise BadRequest("the JSON is nested too deep") from error
+    _check(value, text)
+    return value
+
+
+def _check(value: Any, text: bytes) -> None:
+    if text.count(b"[") + text.count(b"{") > MAX_JSON_DEPTH:
+        _check_depth(value)
+    if b"\\u" in text:
+        _check_text(value)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return
+    raise BadRequest(f"the JSON is nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def _check_text(value: Any) -> None:
+    """An escaped half of a surrogate pair is no character: it cannot be written as UTF-8."""
+    if isinstance(value, str) and not _is_text(value):
+        raise BadRequest("the JSON holds half of a surrogate pair")
+    if isinstance(value, dict):
+        _check_text(list(value))
+    for child in _children(value):
+        _check_text(child)
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise BadRequest("a key stands twice in one JSON object")
+    return made
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INT_DIGITS:
+        raise BadRequest("a number in the JSON is too large")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise BadRequest("a number in the JSON is too large")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise BadRequest(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
+)

@@ -1,0 +1,149 @@
+"""marshmallow fields that take a value for what JSON says it is, and say so in the document.
+
+marshmallow's own read `"1"` as 1, `1` as True and take half a surrogate pair for text.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import ValidationError, fields
+from marshmallow.validate import Length, Range
+
+MAX_PATH_BYTES = 4095
+MAX_NAME_BYTES = 255
+ENV_NAME = re.compile(r"[^=\x00]+")
+
+
+class Text(fields.String):
+    """A string that can be handed to the kernel and to SQLite: no NUL, no half of a pair."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = plain_string(value)
+        if "\0" in text:
+            raise ValidationError("Must not hold a NUL character.")
+        if not _encodes(text):
+            raise ValidationError("Must be valid UTF-8.")
+        return text
+
+
+class Whole(fields.Integer):
+    """A whole number: 3 and 3.0 (one number, for JSON Schema), not true, not "3"."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValidationError("Must be a whole number.")
+        if value != math.floor(value):
+            raise ValidationError("Must be a whole number.")
+        return int(value)
+
+
+class Number(fields.Float):
+    """A number, not true and not "3"."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValidationError("Must be a number.")
+        return float(value)
+
+
+class Flag(fields.Boolean):
+    """true or false, not "yes" and not 1."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValidationError("Must be true or false.")
+        return value
+
+
+class AbsolutePath(Text):
+    """An absolute path, normalised: `//a/./b/` is `/a/b`. `..` is refused, not resolved."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        path = super()._deserialize(value, attr, data, **kwargs)
+        if not path.startswith("/"):
+            raise ValidationError("Must be an absolute path.")
+        if ".." in path.split("/"):
+            raise ValidationError("Must not hold `..`.")
+        check_lengths(path)
+        return "/" + posixpath.normpath(path).lstrip("/")
+
+
+class FileName(fields.String):
+    """A path inside a mount, raw: bytes that are not UTF-8 arrive as surrogates. See paths.py."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        return plain_string(value)
+
+
+class Environment(fields.Dict):
+    """Names to values, as a process can have them."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(keys=Text(), values=Text(), **kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        loaded: Mapping[str, str] = super()._deserialize(value, attr, data, **kwargs)
+        wrong = [name for name in loaded if not ENV_NAME.fullmatch(name)]
+        if wrong:
+            raise ValidationError({wrong[0]: ["A name must not be empty and not hold `=`."]})
+        return loaded
+
+
+class Moment(fields.Field[float]):
+    """Seconds since the epoch, shown as RFC 3339 in UTC."""
+
+    def _serialize(self, value: float | None, attr: str | None, obj: Any, **_: Any) -> str | None:
+        return None if value is None else rfc3339(value)
+
+
+class Shown(fields.Field[str]):
+    """A name of a file for reading: what is not UTF-8 appears as U+FFFD."""
+
+    def _serialize(self, value: str | None, attr: str | None, obj: Any, **_: Any) -> str | None:
+        return None if value is None else shown(value)
+
+
+def plain_string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValidationError("Must be a string.")
+    return value
+
+
+def check_lengths(path: str) -> None:
+    """The kernel's limits (PATH_MAX with its NUL, NAME_MAX), told before it is asked."""
+    raw = path.encode("utf-8", "surrogateescape")
+    if len(raw) > MAX_PATH_BYTES:
+        raise ValidationError(f"Must have at most {MAX_PATH_BYTES} bytes.")
+    if any(len(name) > MAX_NAME_BYTES for name in raw.split(b"/")):
+        raise ValidationError(f"A name in it must have at most {MAX_NAME_BYTES} bytes.")
+
+
+def rfc3339(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def shown(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def between(low: float, high: float) -> Range:
+    return Range(min=low, max=high)
+
+
+def at_most(length: int) -> Length:
+    return Length(max=length)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

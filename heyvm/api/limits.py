@@ -1,0 +1,73 @@
+"""Every default and limit of the API, in one table: README and GET /capabilities show the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heyvm.api.bodies import MAX_EXECUTE_BYTES, MAX_JSON_BYTES, MAX_JSON_DEPTH
+
+DAY_S = 24 * 60 * 60
+MAX_TTL_S = 10 * 365 * DAY_S
+MAX_TIMEOUT_S = 365 * DAY_S
+MIB = 1024 * 1024
+DEFAULT_OUTPUT_BYTES = 10 * MIB
+MAX_OUTPUT_BYTES = 64 * MIB
+DEFAULT_WAIT_S = 30
+MAX_WAIT_S = 300
+MAX_PAGE = 1000
+INACTIVE_PAGE = 10
+DEFAULT_LOGS = 100
+MAX_LOGS = 10_000
+MAX_TEXT = 128 * 1024
+MAX_NAME = 255
+MAX_ITEMS = 1000
+MAX_ARGS = 10_000
+MAX_MOUNTS = 64
+MAX_KEY = 255
+MAX_PARTS = 16
+MAX_FIELD_BYTES = 16 * 1024
+MAX_TOKEN_BYTES = 8 * 1024
+FORWARD_S = 10
+FORWARD_BYTES = MIB
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A number that a user may run into. `value` is in the unit that `name` ends in."""
+
+    name: str
+    value: int | str | None
+    meaning: str
+
+
+LIMITS = (
+    Limit("json_body_bytes", MAX_JSON_BYTES, "JSON body of every route but execute"),
+    Limit("execute_body_bytes", MAX_EXECUTE_BYTES, "JSON body of execute, its stdin included"),
+    Limit("json_depth", MAX_JSON_DEPTH, "levels of nesting in a JSON body"),
+    Limit("working_directory", "/workspace", "of a sandbox, unless create names another"),
+    Limit("sandbox_type", "shell", "of a sandbox, unless create names another"),
+    Limit("ttl_seconds_default", None, "time to live when create names none: unlimited"),
+    Limit("ttl_seconds_max", MAX_TTL_S, "the longest time to live (ten years)"),
+    Limit("timeout_seconds_default", None, "time limit of execute unless sent: none"),
+    Limit("timeout_seconds_max", MAX_TIMEOUT_S, "the longest time limit of execute (a year)"),
+    Limit("output_bytes_default", DEFAULT_OUTPUT_BYTES, "kept of each stream of execute"),
+    Limit("output_bytes_max", MAX_OUTPUT_BYTES, "the largest `max_output_bytes` of execute"),
+    Limit("text_characters", MAX_TEXT, "a command, an argument, a hook, a variable"),
+    Limit("name_characters", MAX_NAME, "a sandbox's name or image"),
+    Limit("arguments", MAX_ARGS, "`args` of execute"),
+    Limit("items", MAX_ITEMS, "variables, ports or hooks of a sandbox"),
+    Limit("mounts", MAX_MOUNTS, "mounts of a sandbox"),
+    Limit("wait_seconds_default", DEFAULT_WAIT_S, "`timeout` of GET /sandboxes/:id?wait="),
+    Limit("wait_seconds_max", MAX_WAIT_S, "the longest `timeout` of a wait"),
+    Limit("page_max", MAX_PAGE, "sandboxes on a page (`limit`, `count`)"),
+    Limit("inactive_page_default", INACTIVE_PAGE, "`count` of GET /sandboxes/inactive"),
+    Limit("logs_default", DEFAULT_LOGS, "log entries in an answer, unless `limit` is sent"),
+    Limit("logs_max", MAX_LOGS, "the largest `limit` of logs"),
+    Limit("idempotency_key_characters", MAX_KEY, "an Idempotency-Key"),
+    Limit("idempotency_seconds", DAY_S, "how long an Idempotency-Key is remembered"),
+    Limit("multipart_parts", MAX_PARTS, "parts of a multipart upload"),
+    Limit("multipart_field_bytes", MAX_FIELD_BYTES, "a part that is not the file, or its headers"),
+    Limit("token_bytes", MAX_TOKEN_BYTES, "a bearer token"),
+    Limit("auth_forward_seconds", FORWARD_S, "an answer of AUTH_SERVER_URL"),
+    Limit("auth_forward_bytes", FORWARD_BYTES, "a body forwarded to or from AUTH_SERVER_URL"),
+)
