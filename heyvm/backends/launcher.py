@@ -10,6 +10,7 @@ agent's socket listens, then whatever bubblewrap or the agent complain of; or `E
 """
 
 import array
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -25,8 +26,8 @@ import sys
 REQUEST_BYTES = 1 << 20
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
-MS_REMOUNT, MS_RDONLY, MNT_DETACH, UMOUNT_NOFOLLOW = 0x20, 0x1, 0x2, 0x8
+MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
+MNT_DETACH = 0x2
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
@@ -95,19 +96,19 @@ def open_beneath(directory, path):
     return checked(call, f"open {path}")
 
 
-def make_directories(root, path, owner):
-    """Open `path` below `root`, making what is missing as `owner`'s. Follows no link: the tree is
-    the sandbox's to change, and a link in it must never aim a mount at something else."""
+def make_directories(root, path):
+    """Open `path` below `root`, making what is missing.
+
+    The tree is the sandbox's to change, now too: no link is followed, and we have the rights of the
+    sandbox's root and no others, so that nothing is gained by swapping things meanwhile.
+    """
     here = os.dup(root)
     done = []
     for name in path.strip("/").split("/"):
         done.append(name)
         try:
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(name, 0o755, dir_fd=here)
-                os.chown(name, owner, owner, dir_fd=here, follow_symlinks=False)
-            except FileExistsError:
-                pass
             below = open_beneath(here, name)
         except OSError as error:
             raise Refused(f"mount point /{'/'.join(done)} in the sandbox: {error.strerror}") from None
@@ -237,21 +238,27 @@ def assemble_as_root(spec, namespace):
     bundle, log = clone(spec["bundle"]), clone("log")
     set_attributes(bundle, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
     set_attributes(log, ATTR_NOSUID | ATTR_NODEV)
-    mounts = [(entry, host_mount(entry, spec["id_base"])) for entry in spec["mounts"]]
+    mounts = [host_mount(entry, spec["id_base"]) for entry in spec["mounts"]]
     stage("root", "usr", *trees)
     for name, tree in trees.items():
         attach(tree, f"{STAGE}/{name}")
     overlay("root", f"{STAGE}/root-lower")
     overlay("usr", f"{STAGE}/usr-lower")
-    finish_root(spec, bundle, log, mounts)
+    attach_agent(bundle, log)
+    return mounts
 
 
-def finish_root(spec, bundle, log, mounts):
+def attach_agent(bundle, log):
     root = os.open(f"{STAGE}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     attach(bundle, open_beneath(root, ".heyvm"))
     attach(log, open_beneath(root, ".heyvm/log"))
-    for entry, tree in mounts:
-        attach(tree, make_directories(root, entry["target"], spec["id_base"]))
+    os.close(root)
+
+
+def attach_mounts(entries, trees, root):
+    root = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for entry, tree in zip(entries, trees):
+        attach(tree, make_directories(root, entry["target"]))
     os.close(root)
 
 
@@ -264,15 +271,18 @@ def assemble_as_user(spec):
     write_file("/proc/self/gid_map", f"0 {gid} 1")
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     os.chdir(spec["dir"])
-    sources = [("bundle", spec["bundle"], True), ("log", "log", False)]
-    for number, entry in enumerate(spec["mounts"]):
-        same_directory(entry["path"], entry["inode"])
-        sources.append((f"m{number}", entry["path"], entry["read_only"]))
-    trees = [(tree_of_user(path, read_only)) for _, path, read_only in sources]
+    bundle, log = tree_of_user(spec["bundle"], True), tree_of_user("log", False)
+    mounts = [mount_of_user(entry) for entry in spec["mounts"]]
     stage("root", "usr")
     overlay("root", spec["template"], ",userxattr")
     overlay("usr", "/usr", ",userxattr")
-    finish_root({**spec, "id_base": 0}, trees[0], trees[1], list(zip(spec["mounts"], trees[2:])))
+    attach_agent(bundle, log)
+    return mounts
+
+
+def mount_of_user(entry):
+    same_directory(entry["path"], entry["inode"])
+    return tree_of_user(entry["path"], entry["read_only"])
 
 
 def tree_of_user(path, read_only):
@@ -284,9 +294,11 @@ def tree_of_user(path, read_only):
     return tree
 
 
-def become_root_inside(namespace):
-    checked(libc.setns(namespace, CLONE_NEWUSER), "setns")
-    os.close(namespace)
+def become_root_inside():
+    """In a user namespace that we have just joined, with ids that it does not map yet."""
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
 
 
 def loopback_up():
@@ -370,19 +382,23 @@ def start_box(spec, say):
     status_flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     status = os.open(os.path.join(spec["dir"], "status"), status_flags, 0o600)
     if own is None:
-        assemble_as_user(spec)
+        mounts = assemble_as_user(spec)
     else:
         namespace = own.open()
-        assemble_as_root(spec, namespace)
-        become_root_inside(namespace)
+        mounts = assemble_as_root(spec, namespace)
+        checked(libc.setns(namespace, CLONE_NEWUSER), "setns user")
+        os.close(namespace)
     unshare(CLONE_NEWNET, "network")
     loopback_up()
     agent = listen(sockets, spec["socket_name"])
     os.close(sockets)
     if own is not None:
-        os.setgroups([])
-        os.setresgid(0, 0, 0)
-        os.setresuid(0, 0, 0)
+        become_root_inside()
+    if mounts:
+        # Attached in mounts of the sandbox's own user namespace: what comes from the host's is
+        # locked there, and could not be taken out again while it runs.
+        unshare(CLONE_NEWNS, "mounts")
+        attach_mounts(spec["mounts"], mounts, f"{STAGE}/root")
     for descriptor in (seccomp, status):
         os.set_inheritable(descriptor, True)
     arguments = bubblewrap_arguments(spec, seccomp, status, agent.fileno())
@@ -406,38 +422,43 @@ def settle_process(say, keep):
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
-def enter_mounts(pid, as_user):
-    """Take the place of a process in the sandbox's mounts; its root becomes ours."""
-    namespaces = {kind: os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("user", "mnt")}
-    if as_user:
-        checked(libc.setns(namespaces["user"], CLONE_NEWUSER), "setns user")
-    return namespaces["mnt"]
+def enter_user_namespace(spec):
+    """Become the sandbox's root. A descriptor of its mounts, which can then be joined."""
+    mounts = os.open(f"/proc/{spec['pid']}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    namespace = os.open(f"/proc/{spec['pid']}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    checked(libc.setns(namespace, CLONE_NEWUSER), "setns user")
+    if spec["id_base"] is not None:
+        become_root_inside()
+    return mounts
 
 
 def add_mount(spec, say):
     """Show one more host directory in a running sandbox."""
-    inside = enter_mounts(spec["pid"], spec["id_base"] is None)
     (entry,) = spec["mounts"]
     if spec["id_base"] is None:
+        inside = enter_user_namespace(spec)
         unshare(CLONE_NEWNS, "mounts")
-        same_directory(entry["path"], entry["inode"])
-        tree = tree_of_user(entry["path"], entry["read_only"])
+        tree = mount_of_user(entry)
     else:
         tree = host_mount(entry, spec["id_base"])
+        inside = enter_user_namespace(spec)
     checked(libc.setns(inside, CLONE_NEWNS), "setns mnt")
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    attach(tree, make_directories(root, entry["target"], spec["id_base"] or 0))
+    attach_mounts([entry], [tree], "/")
 
 
 def remove_mount(spec, say):
     """Take a mount out of a running sandbox; who stands in it keeps it until they leave."""
-    inside = enter_mounts(spec["pid"], spec["id_base"] is None)
+    inside = enter_user_namespace(spec)
     checked(libc.setns(inside, CLONE_NEWNS), "setns mnt")
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    target = open_beneath(root, spec["target"].strip("/"))
     # The sandbox's /proc knows nothing of us: name the directory by standing in it.
-    os.fchdir(target)
-    checked(libc.umount2(b".", MNT_DETACH), f"unmount {spec['target']}")
+    try:
+        os.fchdir(open_beneath(root, spec["target"].strip("/")))
+        checked(libc.umount2(b".", MNT_DETACH), f"unmount {spec['target']}")
+    except OSError as error:
+        # Nothing is mounted there, or nothing is there: a removal cut short is being repeated.
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
 
 
 ACTIONS = {"box": start_box, "add_mount": add_mount, "remove_mount": remove_mount}
