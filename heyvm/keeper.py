@@ -1,0 +1,323 @@
+"""The process that makes what is match what the registry says: `python -m heyvm.keeper`.
+
+One per data directory, whatever the number of servers. It owns nothing that it could not find
+again, so it may be killed at any time; the workers' `watch` starts the next one. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from heyvm import backends
+from heyvm.errors import HeyvmError
+from heyvm.lifecycle import Lifecycle
+from heyvm.registry import Entry, Registry
+from heyvm.settings import Settings, from_env
+
+TICK_S = 0.25
+WATCH_S = 0.5
+SWEEP_S = 2.0
+FULL_SWEEP_S = 30.0
+CHORES_S = 10.0
+LONGEST_REST_S = 30.0
+AT_ONCE = 32
+# struct flock of 64-bit Linux: type, whence, start, length, pid (fcntl(2)).
+FLOCK = struct.Struct("hhqqi4x")
+# Not for the keeper: it serves nobody.
+NOT_HANDED_ON = ("JWT_SECRET", "JWT_AUDIENCE")
+
+
+class Keeper:
+    """Looks again and again, and repairs what differs. A failure in one sandbox stays with it."""
+
+    def __init__(self, lifecycle: Lifecycle, *, say: Callable[[str], None]) -> None:
+        self._lifecycle = lifecycle
+        self._registry = lifecycle.registry
+        self._say = say
+        self._works = _Works(say)
+        self._changes: int | None = None
+        self._running: Sequence[Entry] = ()
+        self._rounds = (
+            _Round(0.0, self._expire),
+            _Round(0.0, self._attend_unsettled),
+            _Round(0.0, self._attend_dead),
+            _Round(SWEEP_S, self._sweep_strays),
+            _Round(FULL_SWEEP_S, self._sweep_all),
+            _Round(CHORES_S, self._tidy_registry),
+        )
+
+    def run(self, over: threading.Event) -> None:
+        """Tick until `over` is set."""
+        while not over.is_set():
+            self.tick()
+            over.wait(TICK_S)
+
+    def tick(self) -> None:
+        """Look once. What takes long goes on in threads of its own."""
+        now = time.monotonic()
+        for round_ in self._rounds:
+            if now >= round_.due:
+                round_.due = now + round_.period
+                self._try(round_.look)
+
+    def _try(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except HeyvmError as error:
+            self._say(error.detail)
+        # The loop must outlive every fault: the other sandboxes need it.
+        except Exception:  # noqa: BLE001
+            self._say(traceback.format_exc())
+
+    def _expire(self) -> None:
+        for sandbox_id in self._lifecycle.expire_due():
+            self._attend(sandbox_id)
+
+    def _attend_unsettled(self) -> None:
+        for sandbox_id in self._registry.unsettled():
+            self._attend(sandbox_id)
+
+    def _attend_dead(self) -> None:
+        changes = self._registry.changes()
+        if changes != self._changes:
+            self._running = self._registry.running()
+            self._changes = changes
+        for entry in self._running:
+            self._try(partial(self._attend_if_dead, entry))
+
+    def _attend_if_dead(self, entry: Entry) -> None:
+        if self._lifecycle.ending_of(entry) is not None:
+            self._attend(entry.sandbox.id)
+
+    def _attend(self, sandbox_id: str) -> None:
+        self._works.begin(sandbox_id, lambda: self._lifecycle.attend(sandbox_id))
+
+    def _sweep_strays(self) -> None:
+        for name, backend in self._lifecycle.backends.items():
+            there = backend.inventory()
+            if there - self._registry.known_ids():
+                self._sweep(name)
+
+    def _sweep_all(self) -> None:
+        for name in self._lifecycle.backends:
+            self._sweep(name)
+
+    def _sweep(self, name: str) -> None:
+        self._works.begin(f"sweep {name}", lambda: self._sweep_now(name))
+
+    def _sweep_now(self, name: str) -> None:
+        backend = self._lifecycle.backends[name]
+        backend.inventory()
+        removed = backend.sweep(self._registry.known_ids())
+        if removed:
+            self._say(f"removed left-overs of {', '.join(removed)}")
+
+    def _tidy_registry(self) -> None:
+        self._registry.purge()
+        self._registry.checkpoint()
+        self._registry.keep_ballast()
+
+
+@dataclass
+class _Round:
+    """One kind of look, and when it is due next (time.monotonic)."""
+
+    period: float
+    look: Callable[[], None]
+    due: float = 0.0
+
+
+class _Works:
+    """What goes on beside the loop: one work at a time for each name, and a longer rest after each
+    failure, so that a sandbox that cannot be repaired does not fill the log."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._busy: set[str] = set()
+        self._rests: dict[str, tuple[float, float]] = {}
+        self._slots = threading.BoundedSemaphore(AT_ONCE)
+
+    def begin(self, name: str, work: Callable[[], object]) -> None:
+        until, _ = self._rests.get(name, (0.0, 0.0))
+        if name in self._busy or time.monotonic() < until:
+            return
+        self._busy.add(name)
+        threading.Thread(target=self._run, args=(name, work), daemon=True).start()
+
+    def _run(self, name: str, work: Callable[[], object]) -> None:
+        try:
+            with self._slots:
+                work()
+            self._rests.pop(name, None)
+        except HeyvmError as error:
+            self._rest(name, error.detail)
+        # As in the loop: a fault in one sandbox is told, and tried again later.
+        except Exception:  # noqa: BLE001
+            self._rest(name, traceback.format_exc())
+        finally:
+            self._busy.discard(name)
+
+    def _rest(self, name: str, why: str) -> None:
+        _, last = self._rests.get(name, (0.0, 0.0))
+        rest = min(max(2 * last, TICK_S), LONGEST_REST_S)
+        self._rests[name] = (time.monotonic() + rest, rest)
+        self._say(f"{name}: {why}")
+
+
+def watch(settings: Settings) -> None:
+    """For ever: see twice a second that there is a keeper, and start one where there is none.
+
+    For a thread or greenlet of each worker. Of several that are started at once, one stays.
+    """
+    child: int | None = None
+    while True:
+        child = _without_ended(child)
+        try:
+            if child is None and is_missing(settings.data_dir):
+                child = spawn(settings)
+        except OSError as error:
+            _say(f"cannot be started: {error}")
+        time.sleep(WATCH_S)
+
+
+def is_missing(data_dir: Path) -> bool:
+    """Whether no process holds the keeper's lock. Asks without taking it, or a keeper that starts
+    just then would think that there is one."""
+    question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    descriptor = _open_lock(data_dir)
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
+    finally:
+        os.close(descriptor)
+    return bool(FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
+
+
+def spawn(settings: Settings) -> int:
+    """Start a keeper in a session of its own; its pid, to be reaped by the caller."""
+    alive = os.environ.get("HEYVM_ALIVE_FD")
+    kept = {0, 1, 2} | ({int(alive)} if alive else set())
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, 2, 1),
+    ]
+    # Most are closed on exec anyhow; the server's listening sockets are not.
+    actions += [(os.POSIX_SPAWN_CLOSE, number) for number in sorted(_open_descriptors() - kept)]
+    if alive:
+        # Onto itself: that takes away its close-on-exec flag (posix_spawn_file_actions_adddup2(3)).
+        actions.append((os.POSIX_SPAWN_DUP2, int(alive), int(alive)))
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", "heyvm.keeper"],
+        _environment(settings),
+        file_actions=actions,
+        setsid=True,
+        setsigmask=(),
+        setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1),
+    )
+
+
+def take_lock(data_dir: Path) -> int | None:
+    """Become the keeper: the descriptor that holds the lock, or None while there is another.
+
+    A record lock: a child that was forked does not inherit it, so none can outlive its keeper.
+    """
+    descriptor = _open_lock(data_dir)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
+
+
+def main() -> int:
+    """Be the keeper until the server is gone; 0 at once where there is one already."""
+    settings = from_env(os.environ)
+    lock = take_lock(settings.data_dir)
+    if lock is None:
+        return 0
+    from gevent import monkey
+
+    monkey.patch_all()
+    if settings.debug:
+        logging.basicConfig(level=logging.DEBUG, format="heyvm keeper: %(message)s")
+    over = threading.Event()
+    _follow_server(over)
+    registry = Registry(settings.data_dir / "registry.db")
+    Keeper(Lifecycle(registry, backends.build(settings), settings), say=_say).run(over)
+    return 0
+
+
+def _follow_server(over: threading.Event) -> None:
+    """Set `over` when the server is gone, if it told by which pipe that is seen."""
+    alive = os.environ.get("HEYVM_ALIVE_FD")
+    if not alive:
+        return
+    descriptor = int(alive)
+    os.set_inheritable(descriptor, False)
+
+    def follow() -> None:
+        # Nobody writes to it: what can be read is its end.
+        select.select([descriptor], [], [])
+        over.set()
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _environment(settings: Settings) -> Mapping[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
+    environment["HEYVM_DATA_DIR"] = str(settings.data_dir)
+    environment["HEYVM_RUN_DIR"] = str(settings.run_dir)
+    # The package that this process runs, wherever it was found.
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return environment
+
+
+def _without_ended(child: int | None) -> int | None:
+    """The child if it still runs; it is reaped if not."""
+    if child is None:
+        return None
+    try:
+        ended, _ = os.waitpid(child, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return None if ended else child
+
+
+def _open_lock(data_dir: Path) -> int:
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.open(data_dir / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _open_descriptors() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}
+
+
+def _say(text: str) -> None:
+    # Its stderr is the server's; where that is gone, there is nobody to tell.
+    with suppress(OSError):
+        print(f"heyvm keeper: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,705 @@
+"""What changes a sandbox: create, start, stop, restart, force-stop, update, delete, expiry, visits.
+
+Whoever changes one holds its lock, moves its row to a passing state, acts, and settles the row.
+Knows no HTTP and no SQL.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from heyvm import guest, locks, slugs
+from heyvm.backends.base import Backend
+from heyvm.errors import (
+    Conflict,
+    HeyvmError,
+    HookFailed,
+    Invalid,
+    NotFound,
+    StorageFull,
+    Unavailable,
+)
+from heyvm.locks import SandboxLock
+from heyvm.models import CreateSpec, ExecResult, Page, Sandbox, Status
+from heyvm.registry import DELETED, BaseTaken, Entry, IdempotencyKey, IdTaken, Registry
+from heyvm.settings import Settings
+
+Connect = Callable[[], socket.socket]
+
+HOST_IMAGE = "host"
+STOP_GRACE_S = 10.0
+TURN_PATIENCE_S = 30.0
+LAST_TURN_PATIENCE_S = 5.0
+FIRST_LOOK_S = 0.01
+LONGEST_LOOK_S = 0.1
+LONGEST_TTL_S = 100 * 366 * 86_400  # beyond it, expires_at would leave the years that RFC 3339 has
+DRAWS = 100
+HOOK_OUTPUT_BYTES = 4 * 1024 * 1024
+HOOK_TAIL_LINES = 20
+MESSAGE_CHARS = 4096
+SETTLED = frozenset({Status.RUNNING, Status.STOPPED, Status.FAILED, Status.PAUSED})
+# Refusals to begin at all: a create that ends so, before there is a box, leaves no row.
+REFUSALS = (Invalid, Unavailable)
+REBOOTED = "the machine was restarted"
+LEFT_STARTING = "the server was restarted while the sandbox was being started: start it again"
+
+log = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """The lifecycle of every sandbox in `registry`. Safe from any number of threads, greenlets and
+    processes; holds nothing that another process would need."""
+
+    def __init__(
+        self, registry: Registry, backends: Mapping[str, Backend], settings: Settings
+    ) -> None:
+        self.registry = registry
+        self.backends = backends
+        self.settings = settings
+        self._locks = settings.run_dir / "locks"
+        self._admission = threading.Lock()
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def get(self, ref: str) -> Sandbox:
+        """The sandbox of this id or slug; `NotFound` says when and why one went."""
+        return self.registry.get(ref)
+
+    def list(
+        self,
+        statuses: frozenset[Status],
+        name: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> Page:
+        """See `Registry.page`."""
+        return self.registry.page(statuses, name=name, limit=limit, cursor=cursor)
+
+    def wait(self, ref: str, status: str, timeout: float) -> Sandbox:
+        """The record once it has this status, has failed, or `timeout` seconds are over."""
+        if status not in set(Status):
+            raise Invalid(f"{status!r} is not a status", errors={"wait": [_one_of(Status)]})
+        deadline = time.monotonic() + timeout
+        pause = FIRST_LOOK_S
+        sandbox = self.get(ref)
+        while sandbox.status not in (status, Status.FAILED) and time.monotonic() < deadline:
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(pause * 1.5, LONGEST_LOOK_S)
+            sandbox = self.get(sandbox.id)
+        return sandbox
+
+    def uptime(self, sandbox: Sandbox) -> float:
+        """Seconds since it began to run; 0 while it does not."""
+        if sandbox.status is not Status.RUNNING or sandbox.started_at is None:
+            return 0.0
+        return max(0.0, self.registry.clock.wall() - sandbox.started_at)
+
+    def backend_of(self, sandbox: Sandbox) -> Backend:
+        """The backend that it was made with, or `Unavailable`."""
+        backend = self.backends.get(sandbox.backend_type)
+        if backend is None:
+            raise Unavailable(
+                f"sandbox {sandbox.slug!r} was made with backend {sandbox.backend_type!r},"
+                " which this server does not have",
+                sandbox_id=sandbox.id,
+            )
+        return backend
+
+    # -- create ----------------------------------------------------------------------------------
+
+    def create(
+        self,
+        spec: CreateSpec,
+        *,
+        idempotency_key: str | None = None,
+        body_hash: str = "",
+        wait: bool = True,
+    ) -> tuple[Sandbox, bool]:
+        """Make a sandbox; running once this returns, or provisioning where `wait` is False.
+
+        True, and the sandbox of before, where the key was used already (whatever became of it; one
+        that is still being made is waited for). Where a start or a hook failed the row stays, and
+        the error carries its id.
+        """
+        key = IdempotencyKey(idempotency_key, body_hash) if idempotency_key is not None else None
+        earlier = self.registry.replay(key) if key is not None else None
+        if earlier is not None:
+            return self._settled(earlier, wait), True
+        sandbox, held = self._admit(self._draft(spec), key)
+        if held is None:
+            return self._settled(sandbox.id, wait), True
+        log.debug("create %s (%s)", sandbox.id, sandbox.slug)
+        if wait:
+            return self._provision(sandbox, held), False
+        work = threading.Thread(target=self._provision_unseen, args=(sandbox, held), daemon=True)
+        work.start()
+        return sandbox, False
+
+    def _settled(self, sandbox_id: str, wait: bool) -> Sandbox:
+        """What a first request with the same key has made, or is making."""
+        pause = FIRST_LOOK_S
+        sandbox = self.get(sandbox_id)
+        while wait and sandbox.status is Status.PROVISIONING:
+            time.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_LOOK_S)
+            sandbox = self.get(sandbox_id)
+        return sandbox
+
+    def _draft(self, spec: CreateSpec) -> Sandbox:
+        """The sandbox as asked for, all but its id; or `Invalid`."""
+        backend = self._choose_backend(spec.backend_type)
+        resolved, image_warnings = self._resolve_image(spec)
+        for mount in spec.mounts:
+            backend.check_mount(mount)
+        now = self.registry.clock.wall()
+        return Sandbox(
+            id="",
+            name=_name(spec.name),
+            slug=_given_slug(spec.slug),
+            status=Status.PROVISIONING,
+            status_changed_at=now,
+            created_at=now,
+            backend_type=backend.name,
+            image_resolved=resolved,
+            sandbox_type=spec.sandbox_type,
+            image=spec.image,
+            ttl_seconds=_ttl(spec.ttl_seconds),
+            start_command=spec.start_command or None,
+            working_directory=spec.working_directory,
+            open_ports=spec.open_ports,
+            env_vars=spec.env_vars,
+            setup_hooks=spec.setup_hooks,
+            mounts=spec.mounts,
+            warnings=(*image_warnings, *_warnings(spec)),
+            metadata=spec.metadata,
+        )
+
+    def _choose_backend(self, name: str | None) -> Backend:
+        if name is None:
+            return next(iter(self.backends.values()))
+        backend = self.backends.get(name)
+        if backend is None:
+            raise self._no_such_backend(f"there is no backend {name!r} on this server")
+        try:
+            backend.check()
+        except Unavailable as missing:
+            detail = f"backend {name!r} is not available: {missing.detail}"
+            raise self._no_such_backend(detail) from missing
+        return backend
+
+    def _no_such_backend(self, detail: str) -> Invalid:
+        there = [name for name, backend in self.backends.items() if _is_available(backend)]
+        complaint = f"{detail}; available: {', '.join(there) or 'none'}"
+        return Invalid(complaint, errors={"backend_type": [complaint]})
+
+    def _resolve_image(self, spec: CreateSpec) -> tuple[str, tuple[str, ...]]:
+        if spec.image in (None, "", HOST_IMAGE):
+            return HOST_IMAGE, ()
+        if spec.backend_type is None and not self.settings.strict_images:
+            return HOST_IMAGE, (f"image {spec.image!r} is not on this server: it runs on 'host'",)
+        complaint = f"image {spec.image!r} is not on this server; available: {HOST_IMAGE}"
+        raise Invalid(complaint, errors={"image": [complaint]})
+
+    def _admit(
+        self, draft: Sandbox, key: IdempotencyKey | None
+    ) -> tuple[Sandbox, SandboxLock | None]:
+        """Write the row. Its lock comes with it, unless `key` was used meanwhile."""
+        for _ in range(DRAWS):
+            sandbox_id = f"sb-{secrets.token_hex(4)}"
+            # Held before the row can be seen: the keeper settles each passing row that nobody
+            # holds.
+            held = locks.try_lock(self._locks, sandbox_id)
+            if held is None:
+                continue
+            try:
+                sandbox, replayed = self._add(draft, sandbox_id, key)
+            except (IdTaken, BaseTaken):
+                held.release()
+                continue
+            except HeyvmError:
+                held.discard()
+                raise
+            if not replayed:
+                return sandbox, held
+            held.discard()
+            return sandbox, None
+        raise Unavailable("no free id was found: try again")
+
+    def _add(
+        self, draft: Sandbox, sandbox_id: str, key: IdempotencyKey | None
+    ) -> tuple[Sandbox, bool]:
+        backend = self.backends[draft.backend_type]
+        # One at a time, or all that come at once would be given the same range.
+        with self._admission:
+            sandbox = replace(
+                draft,
+                id=sandbox_id,
+                name=draft.name or sandbox_id,
+                id_base=backend.allocate(self.registry.id_bases()),
+            )
+            return self.registry.add(sandbox, limit=self.settings.max_sandboxes, key=key)
+
+    def _provision(self, sandbox: Sandbox, held: SandboxLock) -> Sandbox:
+        note = _Note(partial(self.registry.record, sandbox.id))
+        with held:
+            try:
+                return self._bring_up(sandbox, note, hooks=sandbox.setup_hooks)
+            except HeyvmError as error:
+                if isinstance(error, REFUSALS) and not note.written:
+                    self._unmake(sandbox, held)
+                else:
+                    self._break(sandbox, error)
+                raise
+
+    def _provision_unseen(self, sandbox: Sandbox, held: SandboxLock) -> None:
+        try:
+            self._provision(sandbox, held)
+        except HeyvmError as error:
+            log.debug("create %s failed: %s", sandbox.id, error.detail)
+
+    def _unmake(self, sandbox: Sandbox, held: SandboxLock) -> None:
+        self.backend_of(sandbox).destroy(sandbox)
+        self.registry.remove(sandbox.id)
+        held.discard()
+
+    # -- start and stop --------------------------------------------------------------------------
+
+    def start(self, ref: str) -> Sandbox:
+        """Running once this returns; a running one stays as it is."""
+        with self._turn(ref) as sandbox:
+            if self._is_up(sandbox):
+                return sandbox
+            return self._start(sandbox)
+
+    def stop(self, ref: str) -> Sandbox:
+        """Ask its processes to end, kill what is left after 10 s. Files stay."""
+        with self._turn(ref) as sandbox:
+            return self._stop(sandbox, STOP_GRACE_S)
+
+    def restart(self, ref: str) -> Sandbox:
+        """Stop, then start, with nobody in between."""
+        with self._turn(ref) as sandbox:
+            return self._start(self._stop(sandbox, STOP_GRACE_S))
+
+    def force_stop(self, ref: str) -> Sandbox:
+        """Kill its processes now, and cut short whatever is being done with it."""
+        entry = self.registry.entry(self.get(ref).id)
+        if entry.sandbox.status is Status.STOPPED and entry.wanted is None:
+            self._end_visit(entry)
+            return entry.sandbox
+        log.debug("force-stop %s", entry.sandbox.id)
+        entry = self.registry.want(entry.sandbox.id, "stopped")
+        self._cut_short(entry)
+        with self._last_turn(entry.sandbox):
+            entry = self.registry.entry(entry.sandbox.id)
+            if entry.wanted != "stopped" and entry.sandbox.status is Status.STOPPED:
+                return entry.sandbox
+            return self._end(entry.sandbox, grace=0)
+
+    def _start(self, sandbox: Sandbox) -> Sandbox:
+        log.debug("start %s", sandbox.id)
+        backend = self.backend_of(sandbox)
+        claimed = self._claimed(sandbox, Status.PROVISIONING)
+        note = _Note(partial(self.registry.record, sandbox.id))
+        try:
+            if sandbox.status is not Status.STOPPED:
+                backend.stop(sandbox, grace=0)
+            if any(mount.pending for mount in claimed.mounts):
+                claimed = self.registry.amend(sandbox.id, _with_mounts_in_effect)
+            return self._bring_up(claimed, note)
+        except HeyvmError as error:
+            self._break(sandbox, error)
+            raise
+
+    def _stop(self, sandbox: Sandbox, grace: float) -> Sandbox:
+        if sandbox.status is Status.STOPPED:
+            return sandbox
+        log.debug("stop %s", sandbox.id)
+        return self._end(self._claimed(sandbox, Status.STOPPING), grace=grace)
+
+    def _end(self, sandbox: Sandbox, *, grace: float) -> Sandbox:
+        self.backend_of(sandbox).stop(sandbox, grace=grace)
+        settled = self.registry.settle_stopped(sandbox.id)
+        if settled is None:
+            raise self._interrupted(sandbox)
+        return settled
+
+    def _bring_up(self, sandbox: Sandbox, note: _Note, hooks: Sequence[str] = ()) -> Sandbox:
+        backend = self.backend_of(sandbox)
+        environment = guest.base_environment(sandbox)
+        with backend.start(sandbox, note) as first:
+            guest.go(first, environment, sandbox.working_directory, visit=False)
+        up = replace(sandbox, state=note.state)
+        for number, hook in enumerate(hooks, start=1):
+            self._run_hook(up, number, hook)
+        self._run_start_command(up)
+        settled = self.registry.settle_running(sandbox.id)
+        if settled is None:
+            raise self._interrupted(sandbox)
+        return settled
+
+    def _run_start_command(self, sandbox: Sandbox) -> None:
+        if not sandbox.start_command:
+            return
+        self._tell_start_command(sandbox)
+
+    def _tell_start_command(self, sandbox: Sandbox) -> None:
+        with self.backend_of(sandbox).connect(sandbox) as connection:
+            guest.start_command(
+                connection,
+                sandbox.start_command or "",
+                sandbox.working_directory,
+                guest.base_environment(sandbox),
+            )
+
+    def _run_hook(self, sandbox: Sandbox, number: int, hook: str) -> None:
+        log.debug("setup hook %d of %s", number, sandbox.id)
+        with self.backend_of(sandbox).connect(sandbox) as connection:
+            result = guest.execute(
+                connection,
+                argv=["/bin/sh", "-c", hook],
+                env=guest.base_environment(sandbox),
+                cwd=sandbox.working_directory,
+                max_output_bytes=HOOK_OUTPUT_BYTES,
+                log="hook",
+            )
+        if result.exit_code != 0:
+            raise HookFailed(
+                f"setup hook {number} of {len(sandbox.setup_hooks)} ended with exit code"
+                f" {result.exit_code}{_tail(result)}",
+                errors={"setup_hooks": [f"hook {number}: exit code {result.exit_code}"]},
+                sandbox_id=sandbox.id,
+            )
+
+    def _is_up(self, sandbox: Sandbox) -> bool:
+        running = sandbox.status is Status.RUNNING
+        return running and self.backend_of(sandbox).poll(sandbox) is None
+
+    def _claimed(self, sandbox: Sandbox, become: Status) -> Sandbox:
+        claimed = self.registry.claim(sandbox.id, expect=SETTLED, become=become)
+        if claimed is None:
+            raise self._interrupted(sandbox)
+        return claimed
+
+    def _break(self, sandbox: Sandbox, error: HeyvmError) -> None:
+        """A start failed: leave nothing of it running, and say why in the row."""
+        last = self.registry.entry(sandbox.id).sandbox
+        # What it refuses to say now, the keeper asks again: the row still says what it is.
+        with suppress(HeyvmError):
+            self.backend_of(last).stop(last, grace=0)
+        if self.registry.settle_failed(sandbox.id, error.detail[:MESSAGE_CHARS]) is None:
+            raise self._interrupted(sandbox) from error
+        error.sandbox_id = sandbox.id
+
+    def _interrupted(self, sandbox: Sandbox) -> HeyvmError:
+        try:
+            wanted = self.registry.entry(sandbox.id).wanted
+        except NotFound as gone:
+            return gone
+        what = "stopped" if wanted in (None, "stopped") else "deleted"
+        return Conflict(f"sandbox {sandbox.slug!r} was {what} meanwhile", sandbox_id=sandbox.id)
+
+    # -- update ----------------------------------------------------------------------------------
+
+    def update(self, ref: str, changes: Mapping[str, object]) -> Sandbox:
+        """Replace each field in `changes`; a new start command replaces the running one now."""
+        sandbox = self.get(ref)
+        change = _amender(changes)
+        renew = "ttl_seconds" in changes
+        if "start_command" not in changes:
+            # Without the lock: a time to live is renewed while a hook or an upload takes its hours.
+            return self.registry.amend(sandbox.id, change, renew=renew)
+        with self._turn(sandbox.id):
+            amended = self.registry.amend(sandbox.id, change, renew=renew)
+            if amended.status is Status.RUNNING:
+                self._tell_start_command(amended)
+            return amended
+
+    # -- delete ----------------------------------------------------------------------------------
+
+    def delete(self, ref: str, reason: str = DELETED) -> None:
+        """Remove it with its files, from every state, cutting short whatever is being done."""
+        sandbox = self.get(ref)
+        log.debug("delete %s", sandbox.id)
+        try:
+            entry = self.registry.want(sandbox.id, "deleted", reason=reason)
+        except StorageFull:
+            # Not a byte can be written: what frees the disk comes first.
+            entry = self.registry.entry(sandbox.id)
+        self._cut_short(entry)
+        with self._last_turn(sandbox) as held:
+            self._bury(self.registry.entry(sandbox.id), held)
+
+    def _bury(self, entry: Entry, held: SandboxLock) -> None:
+        self._end_visit(entry)
+        self.backend_of(entry.sandbox).destroy(entry.sandbox)
+        self.registry.bury(entry.sandbox.id)
+        held.discard()
+
+    # -- visits ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def visit(self, ref: str) -> Iterator[Connect]:
+        """Connections to an agent that sees its files, whether it runs or not.
+
+        One that does not run is given a box for as long as the context lasts, and stays as it is.
+        """
+        sandbox = self.get(ref)
+        if sandbox.status is not Status.RUNNING:
+            with self._turn(sandbox.id) as sandbox:
+                if sandbox.status is not Status.RUNNING:
+                    with self._box_for_visit(sandbox) as visited:
+                        yield partial(self.backend_of(visited).connect, visited)
+                    return
+        yield partial(self.backend_of(sandbox).connect, sandbox)
+
+    @contextmanager
+    def _box_for_visit(self, sandbox: Sandbox) -> Iterator[Sandbox]:
+        backend = self.backend_of(sandbox)
+        note = _Note(partial(self.registry.record_visit, sandbox.id))
+        environment = guest.base_environment(sandbox)
+        try:
+            with backend.start(sandbox, note, visit=True) as first:
+                guest.go(first, environment, sandbox.working_directory, visit=True)
+                yield replace(sandbox, state=note.state)
+        finally:
+            if note.written:
+                backend.stop(replace(sandbox, state=note.state), grace=0)
+                self.registry.record_visit(sandbox.id, None)
+
+    def _end_visit(self, entry: Entry) -> None:
+        if entry.visit is not None:
+            box = replace(entry.sandbox, state=entry.visit)
+            self.backend_of(box).stop(box, grace=0)
+
+    # -- the keeper's part -----------------------------------------------------------------------
+
+    def expire_due(self) -> Sequence[str]:
+        """Mark the sandboxes whose time is over: nobody can renew them any more. Their ids."""
+        return self.registry.expire_due()
+
+    def attend(self, sandbox_id: str) -> bool:
+        """Finish what a holder that died, or an expiry, left to do; False while somebody acts."""
+        held = locks.try_lock(self._locks, sandbox_id)
+        if held is None:
+            return False
+        with held:
+            try:
+                entry = self.registry.entry(sandbox_id)
+            except NotFound:
+                held.discard()
+                return True
+            if entry.wanted in ("deleted", "expired"):
+                self._cut_short(entry)
+                self._bury(entry, held)
+            else:
+                self._settle_left(entry)
+            return True
+
+    def cut_short(self, sandbox_id: str) -> None:
+        """Kill what runs of it, whoever holds its lock: its end is wanted."""
+        self._cut_short(self.registry.entry(sandbox_id))
+
+    def ending_of(self, entry: Entry) -> str | None:
+        """None while a running sandbox runs, else the reason why it does not."""
+        if entry.boot_id != self.registry.clock.boot_id:
+            return REBOOTED
+        return self.backend_of(entry.sandbox).poll(entry.sandbox)
+
+    def _settle_left(self, entry: Entry) -> None:
+        """Make the row say what is, where its last holder could not."""
+        sandbox = entry.sandbox
+        if entry.visit is not None:
+            self._end_visit(entry)
+            self.registry.record_visit(sandbox.id, None)
+        if entry.wanted == "stopped":
+            self._end(sandbox, grace=0)
+        elif sandbox.status is Status.STOPPING:
+            self._end(sandbox, grace=STOP_GRACE_S)
+        elif sandbox.status is Status.PROVISIONING:
+            self.backend_of(sandbox).stop(sandbox, grace=0)
+            self.registry.settle_failed(sandbox.id, LEFT_STARTING)
+        elif sandbox.status is Status.RUNNING:
+            self._settle_ended(entry)
+
+    def _settle_ended(self, entry: Entry) -> None:
+        sandbox = entry.sandbox
+        reason = self.ending_of(entry)
+        if reason is None:
+            return
+        self.backend_of(sandbox).stop(sandbox, grace=0)
+        if reason == REBOOTED:
+            self.registry.settle_stopped(sandbox.id, message=REBOOTED)
+        else:
+            self.registry.settle_failed(sandbox.id, reason[:MESSAGE_CHARS])
+
+    # -- turns -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, ref: str) -> Iterator[Sandbox]:
+        """The sandbox's lock, and its row as it is now: in a settled state, no end wanted."""
+        held, sandbox = self._take_turn(ref)
+        with held:
+            yield sandbox
+
+    def _take_turn(self, ref: str) -> tuple[SandboxLock, Sandbox]:
+        sandbox = self.get(ref)
+        deadline = time.monotonic() + TURN_PATIENCE_S
+        while True:
+            held = self._lock(sandbox, patience=deadline - time.monotonic())
+            try:
+                ready = self._ready(sandbox.id)
+            except BaseException:
+                held.release()
+                raise
+            if ready is not None:
+                return held, ready
+            # A force-stop is about to take the lock: let it.
+            held.release()
+            time.sleep(locks.LONGEST_PAUSE_S)
+
+    def _ready(self, sandbox_id: str) -> Sandbox | None:
+        entry = self.registry.entry(sandbox_id)
+        if entry.wanted == "stopped":
+            return None
+        if entry.wanted is not None:
+            raise Conflict(f"sandbox {entry.sandbox.slug!r} is being deleted")
+        if entry.sandbox.status in SETTLED and entry.visit is None:
+            return entry.sandbox
+        self._settle_left(entry)
+        return self.registry.entry(sandbox_id).sandbox
+
+    @contextmanager
+    def _last_turn(self, sandbox: Sandbox) -> Iterator[SandboxLock]:
+        """The lock for what ends it, after what was under way has been cut short."""
+        with self._lock(sandbox, patience=LAST_TURN_PATIENCE_S) as held:
+            yield held
+
+    def _lock(self, sandbox: Sandbox, *, patience: float) -> SandboxLock:
+        def busy() -> str:
+            now = self.get(sandbox.id).status
+            return f"sandbox {sandbox.slug!r} is busy ({now}): try again"
+
+        return locks.lock(self._locks, sandbox.id, patience=patience, busy=busy)
+
+    def _cut_short(self, entry: Entry) -> None:
+        # It is said again under the lock, and what fails there is reported.
+        with suppress(HeyvmError):
+            self._end_visit(entry)
+            self.backend_of(entry.sandbox).stop(entry.sandbox, grace=0)
+
+
+class _Note:
+    """What a backend's `start` calls with the state of the box that it made."""
+
+    def __init__(self, write: Callable[[Mapping[str, Any]], bool]) -> None:
+        self._write = write
+        self.state: Mapping[str, Any] = {}
+        self.written = False
+
+    def __call__(self, state: Mapping[str, Any]) -> None:
+        if not self._write(state):
+            raise Conflict("its end is wanted")
+        self.state = state
+        self.written = True
+
+
+def _name(name: str | None) -> str:
+    """The name as asked for; empty where there is none."""
+    if name is None or not name.strip():
+        return ""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        complaint = "the name is not Unicode text (it holds a lone surrogate)"
+        raise Invalid(complaint, errors={"name": [complaint]}) from error
+    return name
+
+
+def _given_slug(slug: str | None) -> str:
+    if slug is None:
+        return ""
+    if not slugs.is_slug(slug) or slugs.is_id(slug):
+        why = "that is the form of an id" if slugs.is_id(slug) else f"it must be {slugs.RULE}"
+        complaint = f"slug {slug!r} cannot be: {why}"
+        raise Invalid(complaint, errors={"slug": [complaint]})
+    if slug in slugs.ROUTE_WORDS:
+        raise Conflict(f"the slug {slug!r} is a word of the API's own: choose another")
+    return slug
+
+
+def _ttl(seconds: object) -> int | None:
+    """None for no end; 0 means that too."""
+    if seconds is None or seconds == 0:
+        return None
+    if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 0:
+        complaint = "ttl_seconds must be a whole number of seconds, or 0 or null for no end"
+        raise Invalid(complaint, errors={"ttl_seconds": [complaint]})
+    if seconds > LONGEST_TTL_S:
+        complaint = f"ttl_seconds is at most {LONGEST_TTL_S}; 0 or null for no end"
+        raise Invalid(complaint, errors={"ttl_seconds": [complaint]})
+    return seconds
+
+
+def _warnings(spec: CreateSpec) -> Iterator[str]:
+    if spec.open_ports:
+        yield PORTS_WARNING
+    for name in spec.unknown_fields:
+        yield f"unknown field {name!r} was ignored"
+
+
+PORTS_WARNING = "open_ports are recorded, but not forwarded yet"
+
+
+def _with_mounts_in_effect(sandbox: Sandbox) -> Sandbox:
+    return replace(sandbox, mounts=tuple(replace(one, pending=False) for one in sandbox.mounts))
+
+
+def _amender(changes: Mapping[str, object]) -> Callable[[Sandbox], Sandbox]:
+    """A function that puts `changes` into a sandbox; `Invalid` where they cannot be."""
+    fields: dict[str, Any] = dict(changes)
+    if "ttl_seconds" in fields:
+        fields["ttl_seconds"] = _ttl(fields["ttl_seconds"])
+    if "start_command" in fields:
+        fields["start_command"] = fields["start_command"] or None
+    if "open_ports" in fields:
+        fields["open_ports"] = tuple(fields["open_ports"] or ())
+    for name in ("env_vars", "metadata"):
+        if name in fields:
+            fields[name] = fields[name] or {}
+    if "name" in fields and not _name(fields["name"]):
+        raise Invalid("the name is empty", errors={"name": ["it may not be empty"]})
+
+    def amend(sandbox: Sandbox) -> Sandbox:
+        amended = replace(sandbox, **fields)
+        others = tuple(one for one in amended.warnings if one != PORTS_WARNING)
+        ports = (PORTS_WARNING,) if amended.open_ports else ()
+        return replace(amended, warnings=(*others, *ports))
+
+    return amend
+
+
+def _tail(result: ExecResult) -> str:
+    lines = result.output.decode(errors="replace").splitlines()[-HOOK_TAIL_LINES:]
+    return ":\n" + "\n".join(lines)[-MESSAGE_CHARS // 2 :] if lines else ""
+
+
+def _is_available(backend: Backend) -> bool:
+    try:
+        backend.check()
+    except Unavailable:
+        return False
+    return True
+
+
+def _one_of(words: type[Status]) -> str:
+    return f"must be one of {', '.join(words)}"
