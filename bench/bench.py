@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.server import Server, all_pids, command_line  # noqa: E402
+from tests.server import Server, all_pids, command_line
 
 ECHO = ["/bin/echo", "hello"]
 BWRAP = [shutil.which("bwrap") or "bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"]
@@ -140,7 +140,8 @@ def rounds(count: int) -> Iterator[int]:
 
 def measure_execute(server: Server) -> list[Series]:
     """execute `echo` over HTTP, and the two bare ways."""
-    bare, spawned, executed = Series("fork+exec echo"), Series("posix_spawn echo"), Series("execute echo over HTTP")  # fmt: skip
+    bare, spawned = Series("fork+exec echo"), Series("posix_spawn echo")
+    executed = Series("execute echo over HTTP")
     request = {"command": "echo", "args": ["hello"]}
     with Connection(server.port) as connection, a_sandbox(connection) as path:
         for _ in range(20):
@@ -154,7 +155,8 @@ def measure_execute(server: Server) -> list[Series]:
 
 def measure_life(server: Server) -> list[Series]:
     """create to first execute, delete, and the direct bwrap."""
-    direct, created, deleted = Series("bwrap --unshare-all true"), Series("create to first execute"), Series("delete")  # fmt: skip
+    direct = Series("bwrap --unshare-all true")
+    created, deleted = Series("create to first execute"), Series("delete")
     with Connection(server.port) as connection:
         path = ""
 
@@ -197,7 +199,8 @@ def box_pids(server: Server) -> set[int]:
     """Every process of every sandbox: pid 1, what it started, and bubblewrap outside."""
     title = f"heyvm:{server.mark}:".encode()
     outside = {pid for pid in all_pids() if command_line(pid).startswith(title)}
-    return outside | {pid for pid in server.sandbox_pids() if b"launcher.py" not in command_line(pid)}  # fmt: skip
+    inside = {pid for pid in server.sandbox_pids() if b"launcher.py" not in command_line(pid)}
+    return outside | inside
 
 
 def pss_bytes(pid: int) -> int:

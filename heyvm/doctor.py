@@ -111,7 +111,7 @@ def seccomp() -> Check:
         import pyseccomp
     except (ImportError, OSError, RuntimeError) as error:
         return Check(FAIL, "libseccomp", str(error), "apt install libseccomp2")
-    return Check(OK, "libseccomp", ".".join(map(str, pyseccomp.version())))
+    return Check(OK, "libseccomp", f"API level {pyseccomp.get_api()}")
 
 
 def bubblewrap(settings: Settings) -> Check:

@@ -7,7 +7,6 @@ the machine that it left behind.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import signal
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+
+from heyvm.settings import mark_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 60.0
@@ -46,11 +47,18 @@ class Session(requests.Session):
 class Server:
     """Starts at once. Use it as a context manager, or call `close`."""
 
-    def __init__(self, *flags: str, user: int | None = None, **environ: str) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        user: int | None = None,
+        cwd: Path = Path("/"),
+        with_gunicorn: bool = False,
+        **environ: str,
+    ) -> None:
         # Short: a unix socket's path has at most 107 bytes.
         self.home = Path(tempfile.mkdtemp(prefix="hv-"))
         self.data_dir, self.run_dir = self.home / "data", self.home / "run"
-        self.user = user
+        self.user, self.cwd, self.with_gunicorn = user, cwd, with_gunicorn
         self.flags, self.environ = flags, environ
         self.log_path = self.home / "log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -81,7 +89,7 @@ class Server:
     @property
     def mark(self) -> str:
         """How the server marks what it makes outside its directories."""
-        return hashlib.sha256(os.fsencode(os.path.realpath(self.data_dir))).hexdigest()[:8]
+        return mark_of(self.data_dir)
 
     def http(self) -> Session:
         """A session with this server; each has its own connections."""
@@ -103,20 +111,28 @@ class Server:
     def stop(self, sign: int = signal.SIGTERM) -> float:
         """Ask it to end, and see that it does. The seconds that it took."""
         assert self.process is not None
+        launchers = self.launcher_pids()
         began = time.monotonic()
         self.process.send_signal(sign)
         self.process.wait(STOP_TIMEOUT_S)
-        wait_until(lambda: not self.server_pids(), "the server's processes are gone")
+        self._wait_until_gone(launchers)
         return time.monotonic() - began
 
     def kill(self) -> None:
         """SIGKILL to all of its processes at once: arbiter, workers, keeper, launchers."""
-        for pid in self.server_pids():
+        assert self.process is not None
+        launchers = self.launcher_pids()
+        for pid in {*self.server_pids(), *launchers}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        assert self.process is not None
         self.process.wait(STOP_TIMEOUT_S)
-        wait_until(lambda: not self.server_pids(), "the server's processes are gone")
+        self._wait_until_gone(launchers)
+
+    def _wait_until_gone(self, launchers: list[int]) -> None:
+        wait_until(
+            lambda: not self.server_pids() and not any(map(is_launcher, launchers)),
+            "the server's processes are gone",
+        )
 
     def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -124,10 +140,15 @@ class Server:
     def worker_pids(self) -> list[int]:
         """The processes that answer requests."""
         children = [pid for pid in self.server_pids() if parent_of(pid) == self.pid]
-        return [pid for pid in children if b"heyvm.serving" in command_line(pid)]
+        return [pid for pid in children if b"wsgi:app" in command_line(pid)]
 
     def keeper_pids(self) -> list[int]:
         return [pid for pid in self.server_pids() if b"heyvm.keeper" in command_line(pid)]
+
+    def launcher_pids(self) -> list[int]:
+        """The processes that start sandboxes; their environment is empty, their parent is ours."""
+        ours = set(self.server_pids())
+        return [pid for pid in all_pids() if is_launcher(pid) and parent_of(pid) in ours]
 
     def server_pids(self) -> list[int]:
         """Processes that carry the data directory in their environment or command line."""
@@ -156,7 +177,7 @@ class Server:
     def delete_all(self) -> None:
         """Delete every sandbox, whatever its state, and wait until each is gone."""
         with self.http() as http:
-            http.headers.update(self._authorization())
+            http.headers.update(self.authorization())
             for sandbox in http.get("/sandboxes?status=all").json():
                 answer = http.delete(f"/sandboxes/{sandbox['id']}")
                 assert answer.status_code in (204, 404), answer.text
@@ -195,7 +216,7 @@ class Server:
         return [str(path) for root in roots for path in entries(Path(root, f"heyvm-{self.mark}"))
                 if path.is_dir()]  # fmt: skip
 
-    def _authorization(self) -> dict[str, str]:
+    def authorization(self) -> dict[str, str]:
         secret = self.environ.get("JWT_SECRET")
         if not secret:
             return {}
@@ -217,12 +238,11 @@ class Server:
         if self.user is not None:
             environ |= {"HOME": str(self.home), "XDG_RUNTIME_DIR": ""}
         environ |= self.environ
-        command = [sys.executable, "-m", "heyvm.cli", "--api", "--port", str(self.port)]
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                [*command, "--host", "127.0.0.1", *self.flags],
+                [*self._command(), *self.flags],
                 env=environ,
-                cwd="/",
+                cwd=REPOSITORY if self.with_gunicorn else self.cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -231,6 +251,13 @@ class Server:
                 group=self.user,
                 extra_groups=None if self.user is None else [],
             )
+
+    def _command(self) -> list[str]:
+        if self.with_gunicorn:
+            gunicorn = [sys.executable, "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py"]
+            return [*gunicorn, "-b", f"127.0.0.1:{self.port}", "wsgi:app"]
+        heyvm = [sys.executable, "-m", "heyvm.cli", "--api", "--port", str(self.port)]
+        return [*heyvm, "--host", "127.0.0.1"]
 
     def _wait_until_it_answers(self) -> None:
         assert self.process is not None
@@ -256,10 +283,11 @@ class Server:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
         if os.geteuid() == 0:
-            from heyvm.backends import ranges
+            from heyvm.backends import cgroups, ranges
 
             with contextlib.suppress(Exception):
                 ranges.release(self.mark)
+                cgroups.remove_tree(self.mark)
         shutil.rmtree(self.home, ignore_errors=True)
 
 
@@ -301,6 +329,10 @@ def read_bytes(path: str) -> bytes:
 
 def command_line(pid: int) -> bytes:
     return read_bytes(f"/proc/{pid}/cmdline").replace(b"\0", b" ")
+
+
+def is_launcher(pid: int) -> bool:
+    return b"backends/launcher.py" in command_line(pid)
 
 
 def environment(pid: int) -> bytes:
