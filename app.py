@@ -27,7 +27,7 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
 def build(settings: Settings) -> Services:
     """The domain objects of one server."""
     table = backends.build(settings)
-    lifecycle = Lifecycle(Registry(settings), table, settings)
+    lifecycle = Lifecycle(Registry(settings.data_dir / "registry.db"), table, settings)
     return Services(
         settings=settings,
         lifecycle=lifecycle,

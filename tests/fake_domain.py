@@ -47,9 +47,7 @@ class FakeBackend:
 
     def check(self) -> None:
         if self.missing:
-            raise Unavailable(
-                "bwrap is not installed; on Debian and Ubuntu: apt install bubblewrap"
-            )
+            raise Unavailable("bwrap is not installed; apt install bubblewrap")
 
 
 @dataclass
@@ -70,7 +68,7 @@ class FakeLifecycle:
     ) -> tuple[Sandbox, bool]:
         self._fail()
         if idempotency_key in self.keys:
-            sandbox_id, earlier = self.keys[cast(str, idempotency_key)]
+            sandbox_id, earlier = self.keys[idempotency_key]
             if earlier != body_hash:
                 raise Conflict("this Idempotency-Key was used with another body")
             return self.get(sandbox_id), True

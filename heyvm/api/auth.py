@@ -15,6 +15,7 @@ from typing import Any
 
 import jwt
 from jwt.algorithms import HMACAlgorithm
+from jwt.types import Options
 from jwt.warnings import InsecureKeyLengthWarning
 
 from heyvm.api.bodies import parse_json
@@ -27,7 +28,7 @@ ALGORITHM = "HS256"
 LEEWAY_S = 10  # two clocks that are kept by NTP
 COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 # `exp`, `nbf` and, where it is configured, `aud` are ours to check; the rest is the issuer's own.
-CHECKS = {
+CHECKS: Options = {
     "verify_signature": True,
     "verify_exp": True,
     "verify_nbf": True,
@@ -53,7 +54,7 @@ class Guard:
             prepare(settings.jwt_secret)
 
     def check(self, environ: Mapping[str, Any], *, bearer: bool = True) -> None:
-        """Raise `BadRequest`, `Forbidden` or `Unauthorized`; `bearer=False`: no token is asked for."""
+        """Raise `BadRequest`, `Forbidden` or `Unauthorized`; `bearer=False`: no token is needed."""
         check_host(environ, self._settings.api_hostname, self._machine)
         check_origin(environ)
         if self._settings.jwt_secret is None:
@@ -111,7 +112,7 @@ def verify(header: str | None, secret: str, audience: str | None) -> None:
             secret,
             algorithms=[ALGORITHM],
             audience=audience,
-            options={**CHECKS, "verify_aud": audience is not None},  # type: ignore[typeddict-item]
+            options={**CHECKS, "verify_aud": audience is not None},
             leeway=LEEWAY_S,
         )
     except jwt.ExpiredSignatureError:

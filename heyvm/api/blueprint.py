@@ -120,6 +120,9 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
     def response(self, status_code: int, schema: Any = None, **options: Any) -> Callable[[F], F]:
         return super().response(status_code, schema, **options)  # type: ignore[no-any-return]
 
+    def alt_response(self, status_code: int, **options: Any) -> Callable[[F], F]:
+        return super().alt_response(status_code, **options)  # type: ignore[no-any-return]
+
     def operation(
         self, name: str, *problems: type[errors.HeyvmError], **doc: Any
     ) -> Callable[[F], F]:
@@ -140,7 +143,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
     ) -> dict[str, Any]:
         """Runs after flask-smorest's own callbacks, whose bare 422 it replaces."""
         responses = doc.setdefault("responses", {})
-        responses.pop("422", None), responses.pop(422, None)
+        responses.pop(422, None)
         for status in sorted({PROBLEMS[cls].status for cls in doc_info.get("problems", ())}):
             responses[str(status)] = {"$ref": f"#/components/responses/Problem{status}"}
         return doc

@@ -1,4 +1,4 @@
-"""Bodies of requests: which types, how many bytes, and JSON read so strictly that it means one thing.
+"""Bodies of requests: their types, their sizes, and JSON read so that it means one thing.
 
 Reads the server's stream itself: Werkzeug would buffer forms, and take a body that ended early for
 a whole one.

@@ -1,4 +1,4 @@
-"""Files on their way out: conditional requests, ranges (RFC 9110 sections 13 and 14), attachments."""
+"""Files on their way out: attachments, conditional requests and ranges (RFC 9110, 13 and 14)."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ class Environment(fields.Dict):
         super().__init__(keys=Text(), values=Text(), **kwargs)
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        loaded: Mapping[str, str] = super()._deserialize(value, attr, data, **kwargs)
+        loaded: Mapping[str, str]
+        loaded = super()._deserialize(value, attr, data, **kwargs)  # type: ignore[no-untyped-call]
         wrong = [name for name in loaded if not ENV_NAME.fullmatch(name)]
         if wrong:
             raise ValidationError({wrong[0]: ["A name must not be empty and not hold `=`."]})

@@ -6,13 +6,14 @@ routes are is that server's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from urllib.parse import quote
 
 import gevent
 import urllib3
 from flask import Blueprint, Response, current_app, request
 from urllib3.exceptions import HTTPError, TimeoutError
+from werkzeug.datastructures import Headers
 
 from heyvm.api.bodies import stream
 from heyvm.api.limits import FORWARD_BYTES, FORWARD_S
@@ -108,7 +109,7 @@ def bounded(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
         yield piece
 
 
-def kept(headers: Mapping[str, str], ours: frozenset[str]) -> urllib3.HTTPHeaderDict:
+def kept(headers: Headers | urllib3.HTTPHeaderDict, ours: frozenset[str]) -> urllib3.HTTPHeaderDict:
     """The headers that travel on: neither this connection's nor those that Connection names."""
     named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
     found = urllib3.HTTPHeaderDict()

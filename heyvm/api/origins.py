@@ -7,6 +7,7 @@ under a name of theirs, and without it, forms and WebSockets under their own ori
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 import time
 from collections.abc import Mapping
@@ -57,9 +58,7 @@ def _ipv4(table: str) -> list[Address]:
     """In fib_trie an address stands on one line, and what it is (`host LOCAL`) on the next."""
     lines = table.splitlines()
     found = [
-        line.split()[-1]
-        for line, what in zip(lines, lines[1:], strict=False)
-        if "/32 host LOCAL" in what
+        line.split()[-1] for line, what in itertools.pairwise(lines) if "/32 host LOCAL" in what
     ]
     return [ipaddress.IPv4Address(text) for text in found]
 
@@ -83,7 +82,7 @@ def check_host(environ: Mapping[str, Any], hostname: str | None, machine: Machin
 
 
 def check_target(target: str, host: str) -> None:
-    """`GET http://other/ HTTP/1.1` names a host too (RFC 9112 section 3.2.2): the same one, please."""
+    """`GET http://other/ HTTP/1.1` names a host too (RFC 9112 section 3.2.2): the same one."""
     if target.startswith("/") or target == "*":
         return
     authority = target.partition("://")[2].partition("/")[0].partition("?")[0]

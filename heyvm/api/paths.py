@@ -37,7 +37,7 @@ class ByteRequest(Request):
     """A request whose query arguments keep bytes that are not UTF-8, as surrogates."""
 
     @cached_property
-    def args(self) -> ImmutableMultiDict[str, str]:  # type: ignore[override]
+    def args(self) -> ImmutableMultiDict[str, str]:
         try:
             pairs = parse_qsl(
                 self.environ.get("QUERY_STRING", ""),

@@ -56,7 +56,7 @@ PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
     errors.Unavailable: Kind(503, "unavailable", "Not now"),
     errors.StorageFull: Kind(507, "storage-full", "No space left"),
 }
-BY_STATUS = {kind.status: kind for kind in reversed(PROBLEMS.values())}
+BY_STATUS = {kind.status: kind for kind in reversed(list(PROBLEMS.values()))}
 
 
 class GatewayTimeout(errors.HeyvmError):
