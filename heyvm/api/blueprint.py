@@ -25,6 +25,23 @@ EVERYWHERE = (errors.Unauthorized, errors.Forbidden, errors.BadRequest, errors.H
 STORED = (errors.NotFound, errors.Unavailable, errors.StorageFull)
 
 
+def path_parameter(name: str, text: str, example: str) -> dict[str, Any]:
+    return {
+        "in": "path",
+        "name": name,
+        "required": True,
+        "description": text,
+        "schema": {"type": "string", "examples": [example]},
+    }
+
+
+PATH_PARAMETERS = {
+    "<ref>": path_parameter("ref", "A sandbox's id or slug.", "api-demo"),
+    ":path>": path_parameter("path", "A path in the mount; it may hold slashes.", "index.html"),
+    ":sandbox_path>": path_parameter("sandbox_path", "A mount's path inside.", "/workspace"),
+}
+
+
 class Reader:
     """What stands in for webargs: loads a part of the request and appends it to the arguments."""
 
@@ -110,7 +127,8 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
         self._prepare_doc_cbks.append(self._prepare_problems_doc)
 
     def route(self, rule: str, **options: Any) -> Callable[[F], F]:
-        return super().route(rule, **options)  # type: ignore[no-any-return]
+        told = [PATH_PARAMETERS[name] for name in PATH_PARAMETERS if name in rule]
+        return super().route(rule, parameters=told, **options)  # type: ignore[no-any-return]
 
     def arguments(
         self, schema: Schema | type[Schema], *, location: str = "json", **options: Any
@@ -141,9 +159,10 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
     def _prepare_problems_doc(
         self, doc: dict[str, Any], doc_info: Mapping[str, Any], **_: Any
     ) -> dict[str, Any]:
-        """Runs after flask-smorest's own callbacks, whose bare 422 it replaces."""
+        """Runs after flask-smorest's own callbacks, whose bare errors it replaces."""
         responses = doc.setdefault("responses", {})
         responses.pop(422, None)
+        responses.pop("default", None)
         for status in sorted({PROBLEMS[cls].status for cls in doc_info.get("problems", ())}):
             responses[str(status)] = {"$ref": f"#/components/responses/Problem{status}"}
         return doc

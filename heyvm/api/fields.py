@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from marshmallow import ValidationError, fields
-from marshmallow.validate import Length, Range
+from marshmallow.validate import Length, Range, Validator
 
 MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 255
@@ -108,6 +108,30 @@ class Shown(fields.Field[str]):
 
     def _serialize(self, value: str | None, attr: str | None, obj: Any, **_: Any) -> str | None:
         return None if value is None else shown(value)
+
+
+class Known(Validator):
+    """One of these words today. Unlike OneOf it makes no closed enum in the document."""
+
+    def __init__(self, words: Collection[str]) -> None:
+        self.words = words
+
+    def __call__(self, value: str) -> str:
+        if value not in self.words:
+            raise ValidationError(f"Must be one of: {', '.join(self.words)}.")
+        return value
+
+
+class Form(Validator):
+    """Of this form from end to end. The document has it from `metadata`, anchored ECMA's way."""
+
+    def __init__(self, pattern: str, error: str) -> None:
+        self.pattern, self.error = re.compile(pattern), error
+
+    def __call__(self, value: str) -> str:
+        if not self.pattern.fullmatch(value):
+            raise ValidationError(self.error)
+        return value
 
 
 def plain_string(value: Any) -> str:

@@ -42,6 +42,7 @@ UPLOAD_BODY = {
         "application/x-tar": BINARY,
     },
 }
+AS_TAR = {200: {"content": {"application/x-tar": BINARY}}}
 RANGE_PARAMETERS = [
     {
         "in": "header",
@@ -110,7 +111,9 @@ class UploadInJson(MethodView):
 
 @blp.route("/sandboxes/<ref>/files/<rest:path>")
 class OneFile(MethodView):
-    @blp.operation("downloadFile", *REACH, RangeNotSatisfiable, parameters=RANGE_PARAMETERS)
+    @blp.operation(
+        "downloadFile", *REACH, RangeNotSatisfiable, headers=RANGE_PARAMETERS, responses=AS_TAR
+    )
     @blp.arguments(DownloadQuery, location="query")
     @blp.response(
         200, BINARY["schema"], content_type="application/octet-stream", headers=FILE_HEADERS

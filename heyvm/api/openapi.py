@@ -6,6 +6,7 @@ it load nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from flask_smorest import Api
 
 from heyvm import __version__
 from heyvm.api.paths import Rest
-from heyvm.api.problems import BY_STATUS, MEDIA_TYPE
+from heyvm.api.problems import BY_STATUS, MEDIA_TYPE, TYPE_PREFIX, Kind
 from heyvm.api.schemas import ProblemInfo
 
 STATIC = Path(__file__).parent / "static"
@@ -36,7 +37,7 @@ CONFIG = {
     "API_VERSION": __version__,
     "OPENAPI_VERSION": "3.1.0",
     "API_SPEC_OPTIONS": {
-        "info": {"description": DESCRIPTION, "license": {"name": "See the project"}},
+        "info": {"description": DESCRIPTION},
         "servers": [{"url": "/"}],
         # Optional: a server without JWT_SECRET asks for none.
         "security": [{}, {"bearer": []}],
@@ -47,10 +48,19 @@ CONFIG = {
 blp = FlaskBlueprint("openapi", __name__)
 
 
+class Document(Api):  # type: ignore[misc]  # flask-smorest has no types
+    """flask-smorest's, without the answers and headers that it would offer by itself."""
+
+    def _nothing(self) -> None:
+        """Its errors are not ours, and neither are its pages and tags."""
+
+    _register_responses = _register_etag_headers = _register_pagination_header = _nothing
+
+
 def describe(app: Flask) -> Api:
     """Make the document; blueprints that are registered with the result stand in it."""
     app.config.update(CONFIG)
-    api = Api(app)
+    api = Document(app)
     api.register_converter(Rest, lambda _converter: {"type": "string"})
     components = api.spec.components
     components.security_scheme(
@@ -58,23 +68,32 @@ def describe(app: Flask) -> Api:
     )
     components.schema("Problem", schema=ProblemInfo)
     for status, kind in BY_STATUS.items():
-        components.response(f"Problem{status}", problem_response(status, kind.title))
+        components.response(f"Problem{status}", problem_response(kind))
     app.register_blueprint(blp)
     app.extensions["heyvm_openapi"] = api
     return api
 
 
-def problem_response(status: int, title: str) -> dict[str, Any]:
-    response: dict[str, Any] = {
-        "description": title,
-        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+def problem_response(kind: Kind) -> dict[str, Any]:
+    example = {
+        "type": TYPE_PREFIX + kind.slug,
+        "title": kind.title,
+        "status": kind.status,
+        "detail": "what is wrong, and what to do",
+        "request_id": "10561cd49342af41",
+        "error": "what is wrong, and what to do",
+        "message": "what is wrong, and what to do",
     }
-    if headers := PROBLEM_HEADERS.get(status):
-        response["headers"] = {
-            name: {"description": text, "schema": {"type": "string"}}
-            for name, text in headers.items()
-        }
-    return response
+    schema = {"$ref": "#/components/schemas/Problem"}
+    response = {
+        "description": kind.title,
+        "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
+    }
+    headers = PROBLEM_HEADERS.get(kind.status, {})
+    told = {
+        name: {"description": text, "schema": {"type": "string"}} for name, text in headers.items()
+    }
+    return {**response, "headers": told} if told else response
 
 
 PROBLEM_HEADERS = {
@@ -86,9 +105,41 @@ PROBLEM_HEADERS = {
 
 
 def document(app: Flask) -> dict[str, Any]:
+    """The whole document, with an example of every body, made of its fields' own."""
     api: Api = app.extensions["heyvm_openapi"]
     described: dict[str, Any] = api.spec.to_dict()
+    schemas = described["components"]["schemas"]
+    for content in contents(described["paths"]):
+        content.setdefault("example", example_of(content["schema"], schemas))
     return described
+
+
+def contents(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every JSON body and form of a request or an answer."""
+    for operation in (one for path in paths.values() for one in path.values()):
+        if isinstance(operation, dict):
+            for message in (operation.get("requestBody", {}), *operation["responses"].values()):
+                yield from (
+                    content
+                    for media, content in message.get("content", {}).items()
+                    if media in ("application/json", "multipart/form-data")
+                )
+
+
+def example_of(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
+    """What the schema's fields give as examples, put together."""
+    if "$ref" in schema:
+        return example_of(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if "examples" in schema:
+        return schema["examples"][0]
+    if "properties" in schema:
+        return {name: example_of(one, schemas) for name, one in schema["properties"].items()}
+    if "items" in schema:
+        return [example_of(schema["items"], schemas)]
+    return EMPTY.get(schema.get("type"), None) if isinstance(schema.get("type"), str) else None
+
+
+EMPTY = {"boolean": False, "string": "", "object": {}, "array": [], "integer": 0, "number": 0}
 
 
 @blp.route("/openapi.json")

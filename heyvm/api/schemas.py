@@ -24,7 +24,6 @@ from marshmallow import (
     post_load,
     validates_schema,
 )
-from marshmallow.validate import OneOf, Regexp
 
 from heyvm.api import limits, paths
 from heyvm.api.fields import (
@@ -32,6 +31,8 @@ from heyvm.api.fields import (
     Environment,
     FileName,
     Flag,
+    Form,
+    Known,
     Moment,
     Number,
     Shown,
@@ -51,10 +52,10 @@ RESERVED_TARGETS = (
 SANDBOX_TYPES = ("shell", "python", "node")
 ENCODINGS = ("utf-8", "base64")
 LEVELS = ("debug", "info", "warning", "error")
-SLUG = Regexp(
-    r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z",
-    error="Must be lower-case letters, digits and hyphens, at most 63, none at either end.",
-)
+SLUG = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+SLUG_RULE = "Must be lower-case letters, digits and hyphens, at most 63, none at either end."
+KEY = rf"[!-~]{{1,{limits.MAX_KEY}}}"
+KEY_RULE = f"Must be 1 to {limits.MAX_KEY} printable ASCII characters without spaces."
 
 
 def about(text: str, example: Any = None, *, words: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -170,12 +171,15 @@ class CreateRequest(Schema):
     )
     slug = Text(
         allow_none=True,
-        validate=SLUG,
-        metadata=about("A name for URLs, unique; made from `name` unless given.", "api-demo"),
+        validate=Form(SLUG, SLUG_RULE),
+        metadata={
+            **about("A name for URLs, unique; made from `name` unless given.", "api-demo"),
+            "pattern": f"^{SLUG}$",
+        },
     )
     sandbox_type = Text(
         allow_none=True,
-        validate=OneOf(SANDBOX_TYPES),
+        validate=Known(SANDBOX_TYPES),
         metadata=about("What it is for.", "shell", words=SANDBOX_TYPES),
     )
     image = Text(
@@ -319,7 +323,7 @@ class ExecuteRequest(Request):
     )
     encoding = Text(
         allow_none=True,
-        validate=OneOf(ENCODINGS),
+        validate=Known(ENCODINGS),
         metadata=about("How stdin and the streams are written.", "utf-8", words=ENCODINGS),
     )
 
@@ -353,10 +357,7 @@ class CreateHeaders(Query):
     )
     key = Text(
         data_key="Idempotency-Key",
-        validate=Regexp(
-            rf"[\x21-\x7e]{{1,{limits.MAX_KEY}}}\Z",
-            error="Must be 1 to 255 printable ASCII characters without spaces.",
-        ),
+        validate=Form(KEY, KEY_RULE),
         metadata=about("The same key and body give the same sandbox, for 24 h.", "order-4711"),
     )
 
@@ -373,7 +374,7 @@ class WaitQuery(Query):
     """For a state, instead of polling."""
 
     wait = Text(
-        validate=OneOf([status.value for status in Status]),
+        validate=Known([status.value for status in Status]),
         metadata=about(
             "Answer when it is in this state.",
             "running",
@@ -466,7 +467,7 @@ class DownloadQuery(Query):
 
     mount_path = mount_argument()
     format = Text(
-        validate=OneOf(["tar"]), metadata=about("`tar`: a directory (or a file) as a tar.", "tar")
+        validate=Known(["tar"]), metadata=about("`tar`: a directory (or a file) as a tar.", "tar")
     )
 
 
@@ -486,7 +487,7 @@ class UploadQuery(Query):
     file_path = FileName(metadata=about("Where in it; else the name of the file sent.", "a/b.txt"))
     path = FileName(metadata=about("The same as `file_path`."))
     format = Text(
-        validate=OneOf(["tar"]), metadata=about("`tar`: unpack the body, a tar, there.", "tar")
+        validate=Known(["tar"]), metadata=about("`tar`: unpack the body, a tar, there.", "tar")
     )
 
 
