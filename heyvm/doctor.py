@@ -84,7 +84,7 @@ def run(settings: Settings, *, as_json: bool = False) -> int:
 def every_check(settings: Settings, machine: Machine) -> Iterator[Check]:
     """What is needed first, then what is good to have, then a sandbox's whole life."""
     yield python()
-    yield seccomp()
+    yield seccomp(machine)
     yield bubblewrap(settings)
     yield user_namespaces(machine)
     yield apparmor(machine)
@@ -105,13 +105,15 @@ def python() -> Check:
     return Check(OK, "python", f"{version}, {sys.executable}")
 
 
-def seccomp() -> Check:
-    """The filter is built by libseccomp."""
+def seccomp(machine: Machine) -> Check:
+    """The filter of system calls, built with libseccomp for this processor."""
+    from heyvm.backends import seccomp
+
     try:
-        import pyseccomp
-    except (ImportError, OSError, RuntimeError) as error:
-        return Check(FAIL, "libseccomp", str(error), "apt install libseccomp2")
-    return Check(OK, "libseccomp", f"API level {pyseccomp.get_api()}")
+        program = seccomp.build(single_id=machine.euid != 0)
+    except HeyvmError as wrong:
+        return Check(FAIL, "seccomp", wrong.detail)
+    return Check(OK, "seccomp", f"a filter of {len(program) // 8} instructions")
 
 
 def bubblewrap(settings: Settings) -> Check:
@@ -289,10 +291,11 @@ def _whole_life(own: Settings) -> Iterator[Check]:
 
     services: Services = create_app(own).extensions[EXTENSION]
     try:
-        sandbox, took = _timed(lambda: services.lifecycle.create(CreateSpec(name="doctor")))
+        made, took = _timed(lambda: services.lifecycle.create(CreateSpec(name="doctor")))
     except HeyvmError as wrong:
         yield Check(FAIL, "create", wrong.detail, "mend what is said above, then ask again")
         return
+    sandbox, _ = made
     yield Check(OK, "create", f"{took * 1000:.0f} ms, with what the first one makes for all")
     try:
         result, took = _timed(

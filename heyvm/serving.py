@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import socket
 import sys
@@ -101,7 +102,19 @@ def post_worker_init(worker: Any) -> None:
 
     from heyvm import keeper
 
-    worker.keeper_watch = gevent.spawn(keeper.watch, from_env(os.environ))
+    settings = from_env(os.environ)
+    if settings.debug:
+        _log_to_stderr()
+    worker.keeper_watch = gevent.spawn(keeper.watch, settings)
+
+
+def _log_to_stderr() -> None:
+    """What `--debug` shows; the modules see to it that no secret is in what they log."""
+    heyvm = logging.getLogger("heyvm")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s: %(message)s"))
+    heyvm.addHandler(handler)
+    heyvm.setLevel(logging.DEBUG)
 
 
 def exposure_notices(settings: Settings, addresses: list[Any]) -> list[str]:
@@ -165,8 +178,7 @@ def _why_not_listen(host: str, port: int, error: OSError) -> str:
 
 
 def _make_alive_pipe() -> None:
-    """Arbiter and workers hold the writing end and nobody writes: end of file means that all of
-    them are gone. It does not cross an exec; the reading end does, for the keeper."""
+    """Arbiter and workers hold the writing end and nobody writes: end of file on the other means
+    that all of them are gone. Neither crosses an exec unless the keeper is handed its end."""
     reading, _writing = os.pipe()
-    os.set_inheritable(reading, True)
     os.environ["HEYVM_ALIVE_FD"] = str(reading)

@@ -25,8 +25,11 @@ BESIDE = {
     "heyvm.locks": 4,
     "heyvm.slugs": 4,
     "heyvm.agent": 5,
+    "heyvm.agent_files": 5,
     "heyvm": 5,
 }
+# What runs inside a sandbox: these files are copied there, and nothing else of ours.
+INSIDE = {"heyvm.agent", "heyvm.agent_files", "heyvm.frames"}
 # The keeper stands beside the API: neither knows the other.
 STRANGERS = (("heyvm.keeper", "heyvm.api"), ("heyvm.keeper", "app"), ("app", "heyvm.keeper"))
 # Each of these has one door.
@@ -63,11 +66,14 @@ def test_the_keeper_and_the_api_do_not_know_each_other() -> None:
     assert wrong == []
 
 
-def test_the_agent_knows_frames_and_the_standard_library_alone() -> None:
-    found = set(imports_of(REPOSITORY / "heyvm" / "agent.py"))
+@pytest.mark.parametrize("module", sorted(INSIDE))
+def test_the_agent_knows_frames_and_the_standard_library_alone(module: str) -> None:
+    found = set(imports_of(REPOSITORY / f"{module.replace('.', '/')}.py"))
+    own = {name for name in found if name in modules()}
     foreign = {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
 
-    assert foreign <= {"heyvm.frames", "frames", "heyvm"}
+    assert own - {"heyvm"} <= INSIDE
+    assert {name.partition(".")[0] for name in foreign} <= {"heyvm"}
 
 
 @pytest.mark.parametrize("package", DOORS)
