@@ -144,7 +144,11 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
     def operation(
         self, name: str, *problems: type[errors.HeyvmError], **doc: Any
     ) -> Callable[[F], F]:
-        """Name an operation and its problems, besides those that every route knows."""
+        """Name an operation and its problems, besides those that every route knows.
+
+        `headers`: parameters that the view reads by itself. The rest goes into the document as is.
+        """
+        headers = doc.pop("headers", [])
 
         def decorate(view: F) -> F:
             apidoc = getattr(view, "_apidoc", None)
@@ -152,6 +156,7 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
                 apidoc = view._apidoc = {}  # type: ignore[attr-defined]
             apidoc["manual_doc"] = {"operationId": name, **doc}
             apidoc["problems"] = (*EVERYWHERE, *problems)
+            apidoc["headers"] = headers
             return view
 
         return decorate
@@ -165,4 +170,6 @@ class Blueprint(SmorestBlueprint):  # type: ignore[misc]  # flask-smorest has no
         responses.pop("default", None)
         for status in sorted({PROBLEMS[cls].status for cls in doc_info.get("problems", ())}):
             responses[str(status)] = {"$ref": f"#/components/responses/Problem{status}"}
+        if doc_info.get("headers"):
+            doc["parameters"] = [*doc.get("parameters", []), *doc_info["headers"]]
         return doc

@@ -126,11 +126,12 @@ class Form(Validator):
     """Of this form from end to end. The document has it from `metadata`, anchored ECMA's way."""
 
     def __init__(self, pattern: str, error: str) -> None:
-        self.pattern, self.error = re.compile(pattern), error
+        self.pattern = re.compile(pattern)
+        self.complaint = error
 
     def __call__(self, value: str) -> str:
         if not self.pattern.fullmatch(value):
-            raise ValidationError(self.error)
+            raise ValidationError(self.complaint)
         return value
 
 

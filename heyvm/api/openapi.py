@@ -136,10 +136,7 @@ def example_of(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
         return {name: example_of(one, schemas) for name, one in schema["properties"].items()}
     if "items" in schema:
         return [example_of(schema["items"], schemas)]
-    return EMPTY.get(schema.get("type"), None) if isinstance(schema.get("type"), str) else None
-
-
-EMPTY = {"boolean": False, "string": "", "object": {}, "array": [], "integer": 0, "number": 0}
+    return False if schema.get("type") == "boolean" else None
 
 
 @blp.route("/openapi.json")

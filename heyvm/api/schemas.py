@@ -190,7 +190,7 @@ class CreateRequest(Schema):
     backend_type = Text(
         allow_none=True,
         validate=at_most(limits.MAX_NAME),
-        metadata=about("How it is run; see GET /capabilities.", "bubblewrap"),
+        metadata=about("How it is run; see GET /capabilities."),
     )
     ttl_seconds = time_to_live()
     start_command = Text(
@@ -221,7 +221,7 @@ class CreateRequest(Schema):
         fields.Nested(MountRequest),
         allow_none=True,
         validate=at_most(limits.MAX_MOUNTS),
-        metadata=about("Directories of the host."),
+        metadata=about("Directories of the host.", []),
     )
     metadata = fields.Dict(
         keys=fields.String(),
@@ -639,7 +639,7 @@ class SandboxInfo(Schema):
     )
     error_message = always(fields.String, "Why it is `failed`.", None, allow_none=True)
     warnings = fields.List(
-        fields.String(), required=True, metadata=about("What was asked for and is not so.")
+        fields.String(), required=True, metadata=about("What was asked for and is not so.", [])
     )
     metadata = fields.Dict(
         keys=fields.String(), required=True, metadata=about("Your own.", {"team": "search"})
