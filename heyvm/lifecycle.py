@@ -275,19 +275,19 @@ class Lifecycle:
 
     def start(self, ref: str) -> Sandbox:
         """Running once this returns; a running one stays as it is."""
-        with self._turn(ref) as sandbox:
+        with self.turn(ref) as sandbox:
             if self._is_up(sandbox):
                 return sandbox
             return self._start(sandbox)
 
     def stop(self, ref: str) -> Sandbox:
         """Ask its processes to end, kill what is left after 10 s. Files stay."""
-        with self._turn(ref) as sandbox:
+        with self.turn(ref) as sandbox:
             return self._stop(sandbox, STOP_GRACE_S)
 
     def restart(self, ref: str) -> Sandbox:
         """Stop, then start, with nobody in between."""
-        with self._turn(ref) as sandbox:
+        with self.turn(ref) as sandbox:
             return self._start(self._stop(sandbox, STOP_GRACE_S))
 
     def force_stop(self, ref: str) -> Sandbox:
@@ -418,7 +418,7 @@ class Lifecycle:
         if "start_command" not in changes:
             # Without the lock: a time to live is renewed while a hook or an upload takes its hours.
             return self.registry.amend(sandbox.id, change, renew=renew)
-        with self._turn(sandbox.id):
+        with self.turn(sandbox.id):
             amended = self.registry.amend(sandbox.id, change, renew=renew)
             if amended.status is Status.RUNNING:
                 self._tell_start_command(amended)
@@ -455,7 +455,7 @@ class Lifecycle:
         """
         sandbox = self.get(ref)
         if sandbox.status is not Status.RUNNING:
-            with self._turn(sandbox.id) as sandbox:
+            with self.turn(sandbox.id) as sandbox:
                 if sandbox.status is not Status.RUNNING:
                     with self._box_for_visit(sandbox) as visited:
                         yield partial(self.backend_of(visited).connect, visited)
@@ -545,7 +545,7 @@ class Lifecycle:
     # -- turns -----------------------------------------------------------------------------------
 
     @contextmanager
-    def _turn(self, ref: str) -> Iterator[Sandbox]:
+    def turn(self, ref: str) -> Iterator[Sandbox]:
         """The sandbox's lock, and its row as it is now: in a settled state, no end wanted."""
         held, sandbox = self._take_turn(ref)
         with held:
