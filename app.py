@@ -34,6 +34,6 @@ def build(settings: Settings) -> Services:
         processes=Processes(lifecycle),
         files=Files(lifecycle),
         logs=Logs(lifecycle),
-        mounts=Mounts(lifecycle, settings),
+        mounts=Mounts(lifecycle),
         backends=table,
     )
