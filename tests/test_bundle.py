@@ -119,10 +119,10 @@ def loader_of(made: bundle.Bundle) -> str:
 def test_a_process_of_it_is_out_of_its_users_reach(made: bundle.Bundle) -> None:
     """The kernel gives /proc/PID of a process that cannot be dumped to root."""
     code = "import posix; posix.write(1, b'x'); posix.read(0, 1)"
-    user = NOBODY if os.geteuid() == 0 else None
+    user = NOBODY if os.geteuid() == 0 else os.geteuid()
     ours, theirs = socket.socketpair()
-    argv = started(made, code)
-    with subprocess.Popen(argv, env={}, user=user, stdin=theirs, stdout=theirs) as process, ours:
+    argv, end = started(made, code), theirs.fileno()
+    with subprocess.Popen(argv, user=user, stdin=end, stdout=end) as process, ours:
         theirs.close()
         assert ours.recv(1) == b"x"
         assert os.stat(f"/proc/{process.pid}/mem").st_uid == 0
