@@ -15,11 +15,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from flask import Flask
+from flask.testing import FlaskClient
 
 from heyvm.api.parts import Services
 from heyvm.api.wiring import Api, connect
-from heyvm.errors import BackendFailed, Conflict, HeyvmError, HookFailed, NotFound, Unavailable
+from heyvm.errors import Conflict, HookFailed, NotFound, Unavailable
 from heyvm.models import (
     CreateSpec,
     Download,
@@ -342,4 +344,26 @@ def fake_app(root: Path, **settings: Any) -> Fake:
     return Fake(app, lifecycle, processes, files, mounts, logs, backend)
 
 
-__all__ = ["BackendFailed", "Fake", "HeyvmError", "fake_app"]
+def problem(answer: Any, status: int, slug: str) -> dict[str, Any]:
+    """The problem in an answer, after a look at its form."""
+    assert answer.status_code == status, answer.get_data(as_text=True)
+    assert answer.mimetype == "application/problem+json"
+    body: dict[str, Any] = answer.json
+    assert body["type"] == f"urn:heyvm:problem:{slug}"
+    assert body["status"] == status
+    assert body["detail"] == body["error"] == body["message"] != ""
+    assert body["title"]
+    assert body["request_id"] == answer.headers["X-Request-Id"]
+    return body
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Fake:
+    """A fake domain that holds one sandbox, `box`."""
+    return fake_app(tmp_path)
+
+
+@pytest.fixture
+def api(fake: Fake) -> FlaskClient:
+    """Talks to it in process, as a client on the same machine."""
+    return fake.app.test_client()

@@ -103,8 +103,9 @@ def _check(value: Any, text: bytes) -> None:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        level = [child for parent in level for child in _children(parent)]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (child for parent in level for child in _children(parent))
+        level = [child for child in inner if isinstance(child, dict | list)]
         if not level:
             return
     raise BadRequest(f"the JSON is nested deeper than {MAX_JSON_DEPTH} levels")

@@ -17,6 +17,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from heyvm import errors
+from heyvm.processes import ClientGone
 
 log = logging.getLogger("heyvm.api")
 
@@ -36,6 +37,7 @@ class Kind:
     title: str
 
 
+CLIENT_GONE = Kind(499, "client-gone", "Nobody waits for the answer")  # nginx's number for it
 INTERNAL = Kind(500, "internal", "The server failed")
 PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
     errors.BadRequest: Kind(400, "bad-request", "The request cannot be read"),
@@ -73,6 +75,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(errors.HeyvmError, of_domain)
     app.register_error_handler(HTTPException, of_http)
     app.register_error_handler(OSError, of_system)
+    app.register_error_handler(ClientGone, of_absence)
     app.register_error_handler(Exception, of_surprise)
 
 
@@ -109,6 +112,11 @@ def of_system(error: OSError) -> Response:
     if error.errno in NO_DESCRIPTORS:
         return of_domain(errors.Unavailable(f"the server is out of resources: {error.strerror}"))
     return of_surprise(error)
+
+
+def of_absence(_: ClientGone) -> Response:
+    """Nobody is there to read it; it stands in the log of `--debug`."""
+    return respond(CLIENT_GONE, "the client closed its connection", {}, [])
 
 
 def of_surprise(error: Exception) -> Response:

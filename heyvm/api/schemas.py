@@ -11,7 +11,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from marshmallow import (
     EXCLUDE,
@@ -103,7 +103,16 @@ class Execution:
 # --- requests -------------------------------------------------------------------------------------
 
 
-class Request(Schema):
+class Body(Schema):
+    """A JSON object."""
+
+    error_messages: ClassVar[dict[str, str]] = {
+        "type": "The body must be a JSON object.",
+        "unknown": "There is no such field.",
+    }
+
+
+class Request(Body):
     """A field that is not known is told, not dropped: it would seem to have had an effect."""
 
     class Meta:
@@ -157,7 +166,7 @@ def time_to_live(**options: Any) -> Whole:
     )
 
 
-class CreateRequest(Schema):
+class CreateRequest(Body):
     """What a new sandbox should be. Every field may be left out or null."""
 
     class Meta:
