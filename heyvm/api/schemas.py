@@ -11,7 +11,7 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from marshmallow import (
     EXCLUDE,
@@ -106,7 +106,7 @@ class Execution:
 class Body(Schema):
     """A JSON object."""
 
-    error_messages: ClassVar[dict[str, str]] = {
+    error_messages: dict[str, str] = {
         "type": "The body must be a JSON object.",
         "unknown": "There is no such field.",
     }
