@@ -50,8 +50,8 @@ MAX_SIZE = 1 << 63
 FILE_TYPES = frozenset({"file", "directory", "symlink", "fifo", "socket", "device"})
 
 
-class ClientGone(Exception):
-    """The HTTP client that asked for the command closed its connection."""
+class ClientGone(Conflict):
+    """The HTTP client that asked for the command closed its connection: nobody reads this."""
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ class Execution:
 
     def _look_at(self, client: socket.socket) -> None:
         if client_gone(client):
-            raise ClientGone
+            raise ClientGone("the client went away, and its command with it")
         # It sent something: the next request, ahead of time. It would tell of itself for ever.
         self.client = None
 
