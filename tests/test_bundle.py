@@ -66,7 +66,7 @@ def test_the_agent_says_hello_in_an_empty_root(made: bundle.Bundle, tmp_path: Pa
 @needs_bwrap
 def test_it_needs_nothing_of_the_image(made: bundle.Bundle) -> None:
     argv = in_an_empty_root(made)
-    code = "import sys, tarfile; print(sys.prefix, sys.path, sys.getfilesystemencoding())"
+    code = "import sys, resource; print(sys.prefix, sys.path, sys.getfilesystemencoding())"
     done = subprocess.run([*argv[:-1], code], env={}, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.startswith("/.heyvm [")
@@ -161,9 +161,9 @@ def test_what_a_killed_build_left_goes_and_one_under_way_stays(tmp_path: Path) -
 
 
 def test_it_is_quicker_than_the_hosts_own_python(made: bundle.Bundle) -> None:
-    """With room to spare for a busy machine: measured 7.8 ms to 25.6 ms with the agent's source."""
-    host = [sys.executable, "-I", "-S", "-B", "-c", "import tarfile"]
-    assert quickest(started(made, "import heyvm.agent")) < 1.5 * quickest(host)
+    """Far from what was measured (7.5 ms to 23.5 ms for the agent's source): machines are busy."""
+    host = [sys.executable, "-I", "-S", "-B", "-c", "import asyncio"]
+    assert quickest(started(made, "import heyvm.agent")) < quickest(host)
 
 
 def quickest(argv: list[str]) -> float:

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(not MERGED, reason="needs a merged /usr")
 NEVER = """
 shadow shadow- gshadow gshadow- passwd- group- machine-id hostname hosts ssh sudoers sudoers.d
 subuid subgid environment gitconfig npmrc pip.conf wgetrc ssl/private apt/auth.conf
-apt/auth.conf.d apt/sources.list apt/apt.conf.d security/opasswd cron.d systemd fstab .pwd.lock
+apt/auth.conf.d apt/sources.list security/opasswd cron.d systemd fstab .pwd.lock
 ldap NetworkManager wireguard letsencrypt docker kubernetes krb5.keytab networks
 """.split()
 MADE = {
     *("passwd", "group", "nsswitch.conf", "resolv.conf", "profile", "mtab", "debconf.conf"),
-    "apt/sources.list.d/system.sources",
+    *("apt/sources.list.d/system.sources", "apt/apt.conf.d/50user"),
 }
 
 
@@ -184,6 +184,7 @@ def test_a_machine_without_merged_usr_is_told_so(host: Path) -> None:
         "dpkg -s bash && dpkg -L bash | grep /bash$ && ! dpkg -s bash 2>&1 | grep warning",
         "cc=$(command -v gcc) || exit 0; readlink -f $cc",
         "awk 'BEGIN { exit }'",
+        '[ -z "$(apt-get check 2>&1 >/dev/null)" ]',
     ],
 )
 def test_ordinary_programs_find_what_they_look_for(template: Path, command: str) -> None:

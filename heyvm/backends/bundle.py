@@ -33,9 +33,8 @@ LOADERS = {
     "x86_64": "/lib64/ld-linux-x86-64.so.2",
     "aarch64": "/lib/ld-linux-aarch64.so.1",
 }
-# What the agent imports when it first needs it, or what the standard library does on its behalf
-# (an error handler, an encoding): not in sys.modules once the agent is imported.
-LAZY = ("encodings.ascii", "encodings.latin_1", "encodings.utf_8", "os", "stat", "tarfile")
+# What the interpreter or the standard library may import on the agent's behalf: an encoding, say.
+LAZY = ("encodings.ascii", "encodings.latin_1", "encodings.utf_8", "os", "stat")
 STALE_S = 60.0
 TRIALS = 7
 LIMIT_S = 60.0
@@ -128,7 +127,8 @@ for name in sys.argv[2:]:
 print([
     (name, file)
     for name, module in sorted(sys.modules.items())
-    if name != "__main__" and (file := getattr(module, "__file__", None))
+    if name != "__main__" and module.__spec__.origin != "frozen"
+    if (file := getattr(module, "__file__", None))
 ])
 """
 # Frozen modules say no file of their own; this is where they would be.
@@ -319,7 +319,7 @@ def _build(path: Path, loader: str) -> None:
         for name, file in _libraries(loader, [interpreter.path, *extensions]).items():
             _copy(file, made / "lib" / name, 0o444)
         _copy(loader, made / "lib" / os.path.basename(loader), 0o555)
-        _try(made, loader, [name for name in modules if name.startswith("heyvm.")])
+        _try(made, loader)
         flush(made)
         _close(made, loader)
 
@@ -383,11 +383,28 @@ def _modules(interpreter: Interpreter) -> dict[str, str]:
     """Every module that the agent can come to import, by name, with its file. Built-in and frozen
     ones are in the interpreter itself."""
     package = Path(heyvm.__file__).parent
-    mine = [f"heyvm.{source.stem}" for source in _sources() if source.stem != "__init__"]
-    closure = _run(interpreter.path, CLOSURE, str(package.parent), *mine, *LAZY)
+    closure = _run(interpreter.path, CLOSURE, str(package.parent), *_imported(), *LAZY)
     modules: dict[str, str] = dict(ast.literal_eval(closure))
     # The interpreter takes the directory with this file in it for its standard library.
     return modules | {"os": os.path.join(interpreter.stdlib, "os.py")}
+
+
+def _imported() -> list[str]:
+    """What the agent names in an import, in whichever function and however late it gets there."""
+    mine = {f"heyvm.{source.stem}" for source in _sources() if source.stem != "__init__"}
+    trees = [ast.parse(source.read_bytes()) for source in _sources()]
+    return sorted(mine.union(*(_named(tree) for tree in trees)) - {"__future__"})
+
+
+def _named(node: ast.AST) -> set[str]:
+    match node:
+        case ast.Import(names):
+            return {alias.name for alias in names}
+        case ast.ImportFrom(str(module)):
+            return {module}
+        case ast.If(ast.Name("TYPE_CHECKING"), _, otherwise):
+            return set().union(*map(_named, otherwise))
+    return set().union(*map(_named, ast.iter_child_nodes(node)))
 
 
 def _compile(interpreter: Interpreter, modules: dict[str, str], library: Path) -> None:
@@ -432,8 +449,8 @@ def _copy(source: str, target: Path, mode: int) -> None:
     os.chmod(target, mode)
 
 
-def _try(made: Path, loader: str, modules: list[str]) -> None:
+def _try(made: Path, loader: str) -> None:
     """Start it, and import everything, from where it was built."""
-    names = ", ".join([*modules, *LAZY])
+    names = ", ".join([*_imported(), *LAZY])
     code = f"import {names}; 'ä'.encode('latin-1'); open('/dev/null', 'w').close()"
     _output(list(_argv(str(made), loader, code)))

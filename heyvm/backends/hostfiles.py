@@ -46,8 +46,9 @@ PACKAGES = "var/lib/dpkg"
 
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 PLACES = """
-.heyvm boot dev etc etc/opt etc/profile.d home media mnt opt proc run srv sys usr var var/backups
-var/cache var/lib var/lib/misc var/local var/log var/mail var/opt var/spool workspace
+.heyvm boot dev etc etc/apt etc/apt/apt.conf.d etc/apt/preferences.d etc/opt etc/profile.d home
+media mnt opt proc run srv sys usr var var/backups var/cache var/lib var/lib/misc var/local var/log
+var/mail var/opt var/spool workspace
 """.split()
 STICKY = ("tmp", "var/tmp")
 LINKS = {"etc/mtab": "../proc/self/mounts", "var/lock": "../run/lock", "var/run": "../run"}
@@ -101,6 +102,7 @@ for file in /etc/profile.d/*.sh; do
 done
 unset file
 """
+APT = 'APT::Sandbox::User "root";\n'
 DEBIAN = """\
 Types: deb
 URIs: http://deb.debian.org/debian
@@ -286,6 +288,7 @@ def _made(host: Path) -> dict[str, str]:
         "nsswitch.conf": NSSWITCH,
         "resolv.conf": RESOLV,
         "profile": PROFILE,
+        "apt/apt.conf.d/50user": APT,
     }
     if sources := _sources(host):
         texts["apt/sources.list.d/system.sources"] = sources
