@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from heyvm.errors import BackendFailed, Conflict, NotFound
+from heyvm.errors import BackendFailed, Conflict, HeyvmError, NotFound
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import Mount, Sandbox, Status
 
@@ -26,7 +26,11 @@ class Mounts:
             self.lifecycle.backend_of(sandbox).check_mount(mount)
             # First as pending: a server that dies now leaves one that the next start makes true.
             self._amend(sandbox, adding(replace(mount, pending=True)))
-            shown = replace(mount, pending=not self._change(sandbox, mount, None))
+            try:
+                shown = replace(mount, pending=not self._change(sandbox, mount, None))
+            except HeyvmError:
+                self._amend(sandbox, without(mount.sandbox_path))
+                raise
             self._amend(sandbox, putting(shown))
             return shown
 

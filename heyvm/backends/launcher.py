@@ -343,6 +343,14 @@ def join_cgroups(paths):
             sys.stderr.write(f"heyvm: sandboxes stay in the server's cgroup: {path}: {error}\n")
 
 
+def leave_cgroups(paths):
+    """Back to the top, and away with ours unless a sandbox is still in it."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            write_file(os.path.join(os.path.dirname(path), "cgroup.procs"), "0")
+            os.rmdir(path)
+
+
 def bubblewrap_arguments(spec, seccomp, status, agent_fd):
     arguments = [
         # What `ps` shows; the keeper finds a crashed server's boxes by it.
@@ -511,12 +519,14 @@ def main():
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need no reaping
     join_cgroups(sys.argv[2:])
     sock = socket.socket(fileno=control)
+    sock.setblocking(True)  # gevent has made the pair otherwise
     while (request := receive(sock)) is not None:
         data, say = request
         if os.fork() == 0:
             sock.close()
             serve(json.loads(data), say)
         os.close(say)
+    leave_cgroups(sys.argv[2:])
 
 
 main()
