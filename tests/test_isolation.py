@@ -1,0 +1,436 @@
+"""What code in a sandbox sees, and what it must not be able to do: tried from inside, by the API."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from heyvm.backends import ranges
+from tests.server import all_pids, read_bytes, wait_until
+
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="what only a root server gives")
+# A caller's own arguments reach the kernel from Python's standard library, in any image that has it.
+CALL = "import ctypes,os,sys;c=ctypes.CDLL(None,use_errno=True)\n"
+
+
+@pytest.fixture
+def box(http, sandbox):
+    """A running sandbox, and a way to run a shell line in it."""
+
+    class Box:
+        record = sandbox()
+        id = record["id"]
+
+        def run(self, line, **options):
+            answer = http.post(
+                f"/sandboxes/{self.id}/execute",
+                json={"command": "sh", "args": ["-c", line], **options},
+            )
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        def python(self, program):
+            return self.run('exec /usr/bin/python3 -c "$P"', env={"P": CALL + program})
+
+    return Box()
+
+
+@pytest.fixture
+def processes(server, box):
+    """Every process of that sandbox, as the host sees it."""
+
+    def find():
+        return [pid for pid in server.sandbox_pids() if box.id in mountinfo(pid)]
+
+    return find
+
+
+def mountinfo(pid):
+    return read_bytes(f"/proc/{pid}/mountinfo").decode(errors="replace")
+
+
+def uids(pid):
+    line = next(
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Uid:" in line
+    )
+    return {int(word) for word in line.split()[1:]}
+
+
+# --- what it sees -------------------------------------------------------------------------------
+
+
+def test_the_surroundings_are_as_documented(box):
+    lines = box.run(
+        "echo $HOME; echo $PATH; echo $LANG; hostname; id -un; pwd; ls -d /workspace; stat -c %a /tmp /dev/shm;"
+        "getent hosts localhost | head -1; cat /etc/hostname"
+    )["stdout"].split("\n")
+    slug = box.record["slug"]
+    assert lines[:7] == [
+        "/root",
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "C.UTF-8",
+        slug,
+        "root",
+        "/workspace",
+        "/workspace",
+    ]
+    assert lines[7:9] == ["1777", "1777"]
+    assert lines[9].split()[0] in ("::1", "127.0.0.1")
+    assert lines[10] == slug
+
+
+def test_nothing_of_the_hosts_homes_and_secrets_is_in_sight(box):
+    seen = box.run("ls -A /root /home /srv /mnt /media /opt; cat /etc/shadow /etc/gshadow /etc/sudoers")
+    assert "No such file" in seen["stderr"] and seen["stderr"].count("No such file") >= 3
+    names = [line for line in seen["stdout"].split() if not line.endswith(":")]
+    assert names == []
+    found = box.run("ls /etc/ssh /etc/ssl/private /var/lib/heyvm /work 2>/dev/null")
+    assert found["stdout"] == ""
+
+
+def test_no_accounts_of_people_are_told(box):
+    users = box.run("cut -d: -f1,3 /etc/passwd")["stdout"].split()
+    assert "root:0" in users
+    assert all(int(line.split(":")[1]) < 1000 or line.startswith("nobody") for line in users)
+
+
+def test_system_files_are_changed_for_this_sandbox_alone(box, sandbox, http):
+    name = f"/usr/bin/heyvm-test-{box.id}"
+    assert box.run(f"echo '#!/bin/sh' > {name}; chmod +x {name}; {name}")["exit_code"] == 0
+    assert not os.path.exists(name)
+    other = sandbox()["id"]
+    answer = http.post(f"/sandboxes/{other}/execute", json={"command": "ls", "args": [name]})
+    assert answer.json()["exit_code"] != 0
+
+
+def test_a_command_has_three_descriptors(box):
+    assert box.run("ls /proc/$$/fd")["stdout"].split() == ["0", "1", "2"]
+
+
+def test_no_process_variable_or_argument_of_the_server_is_seen(box, server):
+    seen = box.run("cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")["stdout"]
+    for needle in (str(server.home), "gunicorn", "HEYVM_", "JWT_"):
+        assert needle not in seen
+
+
+def test_other_sandboxes_processes_are_not_seen(box, sandbox, http):
+    other = sandbox(start_command="exec sleep 7654")["id"]
+    answer = http.post(f"/sandboxes/{other}/execute", json={"command": "pgrep -f 'sleep 765[4]'"})
+    assert answer.json()["exit_code"] == 0
+    assert "7654" not in box.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")["stdout"]
+
+
+def test_only_loopback_is_there(box):
+    assert box.run("cut -d: -f1 /proc/net/dev | tail -n +3")["stdout"].split() == ["lo"]
+    alone = box.run("bash -c 'echo > /dev/tcp/127.0.0.1/%s'" % 22)
+    assert "refused" in alone["stderr"]
+
+
+def test_a_server_inside_is_reached_inside(box):
+    line = (
+        "cd /tmp; echo hello > x; python3 -m http.server 8080 --bind 127.0.0.1 >/dev/null 2>&1 & "
+        "for i in $(seq 100); do "
+        "python3 -c \"import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/x').read())\" "
+        "2>/dev/null && exit; done; exit 1"
+    )
+    assert "hello" in box.run(line, timeout_seconds=30)["stdout"]
+
+
+def test_low_ports_can_be_bound(box):
+    if os.geteuid() != 0:
+        pytest.skip("an ordinary user's sandbox has no capabilities")
+    program = "import socket; s=socket.socket(); s.bind(('127.0.0.1', 80)); print('bound')"
+    assert box.python(program)["stdout"] == "bound\n"
+
+
+# --- who it is ----------------------------------------------------------------------------------
+
+
+@ROOT
+def test_root_inside_is_nobody_outside(box, processes):
+    assert box.run("id -u")["stdout"] == "0\n"
+    with contextlib.closing(long_command(box)):
+        seen = set().union(*(uids(pid) for pid in processes()))
+    assert seen and all(uid >= ranges.LOWEST for uid in seen)
+
+
+def long_command(box):
+    """Something that runs in the background until closed."""
+    box.run("sleep 600 >/dev/null 2>&1 &")
+
+    class Running:
+        def close(self):
+            box.run("pkill sleep")
+
+    return Running()
+
+
+@ROOT
+def test_each_sandbox_has_65536_ids_of_its_own(box, sandbox, http):
+    def map_of(ref):
+        command = {"command": "cat", "args": ["/proc/self/uid_map", "/proc/self/gid_map"]}
+        words = http.post(f"/sandboxes/{ref}/execute", json=command).json()["stdout"].split()
+        assert words[:3] == words[3:]
+        return [int(word) for word in words[:3]]
+
+    one, two = map_of(box.id), map_of(sandbox()["id"])
+    assert one[0] == two[0] == 0
+    assert one[2] == two[2] == 65536
+    assert abs(one[1] - two[1]) >= 65536
+
+
+@ROOT
+def test_the_range_is_reserved_for_this_server(box, server, processes):
+    (uid,) = {uid for pid in processes() for uid in uids(pid) if uid % 65536 == 0}
+    for name in ("subuid", "subgid"):
+        owners = [
+            owner
+            for owner, start, count in (line.split(":") for line in Path("/etc", name).open())
+            if int(start) <= uid < int(start) + int(count)
+        ]
+        assert owners == [f"heyvm-{server.mark}"]
+
+
+@ROOT
+def test_capabilities_are_dockers_without_raw_sockets_and_devices(box):
+    held = int(box.run("grep CapEff /proc/self/status")["stdout"].split()[1], 16)
+    names = {number for number in range(64) if held >> number & 1}
+    # capability.h: CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE
+    # SYS_CHROOT AUDIT_WRITE SETFCAP
+    assert names == {0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 29, 31}
+
+
+def test_no_new_privileges_and_a_filter_are_on(box):
+    status = box.run("cat /proc/self/status")["stdout"]
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+
+
+@ROOT
+def test_other_users_of_the_sandbox_can_be_used(box):
+    assert box.run("id -u; id -g", user="www-data")["stdout"] == "33\n33\n"
+    assert box.run("id -u", user="1234")["stdout"] == "1234\n"
+
+
+# --- pid 1 --------------------------------------------------------------------------------------
+
+
+def still_answers(box):
+    return box.run("echo fine")["stdout"] == "fine\n"
+
+
+def test_no_signal_ends_pid_1(box):
+    box.run("for s in $(seq 1 64); do kill -$s 1 2>/dev/null; done")
+    assert still_answers(box)
+    assert box.run("head -c 300 /proc/1/status | grep State")["stdout"].split()[1] == "S"
+
+
+def test_no_resource_limit_ends_pid_1(box):
+    limits = "cpu=0", "nofile=0", "as=0", "nproc=0", "fsize=0", "data=0"
+    for limit in limits:
+        box.run(f"prlimit --pid 1 --{limit}")
+    denied = box.run("prlimit --pid 1 --cpu=0:0")
+    assert denied["exit_code"] != 0
+    assert still_answers(box)
+
+
+def test_pid_1_cannot_be_read(box):
+    for name in ("mem", "environ", "maps", "auxv", "root/", "cwd/", "fd/", "fd/3", "exe"):
+        seen = box.run(f"head -c 1 /proc/1/{name} || ls /proc/1/{name}")
+        assert seen["exit_code"] != 0, name
+        assert "ermission denied" in seen["stderr"], (name, seen["stderr"])
+    assert box.run("cat /proc/1/oom_score_adj > /dev/null; echo 1000 > /proc/1/oom_score_adj")[
+        "exit_code"
+    ]
+
+
+def test_pid_1_cannot_be_traced(box):
+    program = """
+PTRACE_ATTACH, PTRACE_SEIZE, EPERM = 16, 0x4206, 1
+def refused(result): assert result == -1 and ctypes.get_errno() in (1, 3, 13), ctypes.get_errno()
+refused(c.ptrace(PTRACE_ATTACH, 1, 0, 0))
+refused(c.ptrace(PTRACE_SEIZE, 1, 0, 0))
+class V(ctypes.Structure): _fields_ = [("p", ctypes.c_void_p), ("n", ctypes.c_size_t)]
+b = ctypes.create_string_buffer(8)
+v = V(ctypes.cast(b, ctypes.c_void_p), 8)
+refused(c.process_vm_readv(1, ctypes.byref(v), 1, ctypes.byref(v), 1, 0))
+fd = os.pidfd_open(1)
+for number in range(12): refused(c.syscall(438, fd, number, 0))
+print("held")
+"""
+    seen = box.python(program)
+    assert seen["stdout"] == "held\n", seen["stderr"]
+    assert still_answers(box)
+
+
+def test_the_agents_program_cannot_be_changed(box):
+    for line in (
+        "echo x > /.heyvm/python3",
+        "rm -f /.heyvm/python3",
+        "chmod u+r /.heyvm/lib/ld-linux-*",
+        "mv /.heyvm /heyvm",
+        "mount -o remount,rw /.heyvm",
+        "cp /dev/null /proc/1/exe",
+    ):
+        assert box.run(line)["exit_code"] != 0, line
+    assert still_answers(box)
+
+
+def test_pid_1_outlives_a_hog_of_its_neighbours(box):
+    assert box.run("cat /proc/self/oom_score_adj")["stdout"] == "500\n"
+    assert int(box.run("cat /proc/1/oom_score_adj")["stdout"]) < 500
+
+
+# --- ways out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "unshare -U true",
+        "unshare -n true",
+        "unshare -m true",
+        "nsenter -t 1 -m true",
+        "mount -t tmpfs x /mnt",
+        "mount --bind /usr /mnt",
+        "umount /proc/keys",
+        "umount /proc",
+        "mknod /tmp/sda b 8 0",
+        "mknod /tmp/mem c 1 1",
+        "chroot /proc/1/root true",
+        "echo b > /proc/sysrq-trigger",
+        "echo x > /proc/sys/kernel/core_pattern",
+        "echo 1 > /proc/sys/vm/drop_caches",
+        "hostname other",
+        "date -s 2000-01-01",
+        "dmesg",
+        "cat /proc/kcore",
+        "swapon /tmp/x",
+        "ls /sys/fs/cgroup",
+        "ls /proc/1/root/",
+        "ping -c1 127.0.0.1",
+    ],
+)
+def test_it_is_refused(box, line):
+    seen = box.run(line)
+    assert seen["exit_code"] != 0, seen
+
+
+def test_keys_and_timers_of_the_kernel_are_hidden(box):
+    seen = box.run("cat /proc/keys /proc/timer_list 2>/dev/null | wc -c")
+    assert seen["stdout"] == "0\n"
+
+
+def test_a_device_that_was_made_elsewhere_opens_no_disk(box):
+    seen = box.run("for d in /dev/*; do [ -b $d ] && echo $d; done; true")
+    assert seen["stdout"] == ""
+
+
+def test_a_crash_calls_no_handler_of_the_host(box):
+    assert box.run("ulimit -c; ulimit -Hc")["stdout"].split() == ["0", "0"]
+    limits = box.run("grep 'core file' /proc/self/limits")["stdout"].split()
+    # 1 byte is the value with which the kernel calls no pipe handler (core(5)); 0 would.
+    assert limits[4:6] == ["1", "1"]
+
+
+def test_set_id_bits_cannot_be_made(box):
+    for line in (
+        "cp /bin/sh s; chmod 4755 s",
+        "cp /bin/sh s; chmod g+s s",
+        "install -m 4755 /bin/sh s",
+        "cp --preserve=mode /usr/bin/passwd s 2>/dev/null && test -u s",
+    ):
+        box.run(line)
+    assert box.run("find / -xdev -newer /etc/hostname -perm /6000 -type f 2>/dev/null")["stdout"] == ""
+
+
+def test_a_set_user_id_program_of_the_host_gains_nothing(box):
+    user = {"user": "www-data"} if os.geteuid() == 0 else {}
+    seen = box.run("/usr/bin/su -c id; /usr/bin/mount --bind / /mnt", **user)
+    assert "uid=0" not in seen["stdout"] or os.geteuid() != 0
+    assert seen["exit_code"] != 0
+
+
+def test_a_core_of_the_filter_the_terminal_ioctl_is_refused(box):
+    program = """
+import pty, fcntl
+m, s = pty.openpty()
+for request in (0x5412, 0x541c, 0x5412 | 1 << 32):
+    r = c.ioctl(s, ctypes.c_ulong(request), b"x")
+    assert r == -1 and ctypes.get_errno() == 1, (hex(request), ctypes.get_errno())
+print("refused")
+"""
+    seen = box.python(program)
+    assert seen["stdout"] == "refused\n", seen["stderr"]
+
+
+def test_a_zombie_storm_is_reaped(box):
+    box.run("for i in $(seq 2000); do (true &) ; done; wait")
+    wait_until(
+        lambda: box.run("cat /proc/[0-9]*/stat 2>/dev/null | grep -c ' Z '")["stdout"].strip() == "0",
+        "the orphans are reaped",
+    )
+
+
+# --- endings ------------------------------------------------------------------------------------
+
+
+def agent_pid(server, ref):
+    """Pid 1 of a sandbox, by its number on the host."""
+    for pid in all_pids():
+        status = read_bytes(f"/proc/{pid}/status")
+        if ref in mountinfo(pid) and b"NSpid:" in status:
+            numbers = status.split(b"NSpid:")[1].split(b"\n")[0].split()
+            if len(numbers) > 1 and numbers[-1] == b"1":
+                return pid
+    raise AssertionError(f"{ref} has no pid 1")
+
+
+def test_an_agent_that_died_is_a_failure_with_its_reason_and_start_works(server, http, sandbox):
+    ref = sandbox(start_command="sleep 600")["id"]
+    http.post(f"/sandboxes/{ref}/execute", json={"command": "echo kept > /workspace/file"})
+    os.kill(agent_pid(server, ref), signal.SIGKILL)
+    wait_until(
+        lambda: http.get(f"/sandboxes/{ref}").json()["status"] == "failed", "it is noticed"
+    )
+    record = http.get(f"/sandboxes/{ref}").json()
+    assert "pid 1" in record["error_message"] and "signal 9" in record["error_message"]
+    assert http.post(f"/sandboxes/{ref}/execute", json={"command": "true"}).status_code == 409
+    assert http.post(f"/sandboxes/{ref}/start").json()["status"] == "running"
+    answer = http.post(f"/sandboxes/{ref}/execute", json={"command": "cat /workspace/file"})
+    assert answer.json()["stdout"] == "kept\n"
+
+
+def test_nothing_is_left_of_a_sandbox_that_was_deleted(server, http):
+    ref = http.post("/sandboxes", json={"start_command": "sleep 600"}).json()["id"]
+    http.post(f"/sandboxes/{ref}/execute", json={"command": "mkdir -p a/b/c; touch a/b/c/d; mkfifo f"})
+    assert http.delete(f"/sandboxes/{ref}").status_code == 204
+    assert not (server.data_dir / "sandboxes" / ref).exists()
+    assert os.listdir(server.data_dir / "trash") == []
+    assert not [pid for pid in server.sandbox_pids() if ref in mountinfo(pid)]
+    assert not any(ref in name for name in os.listdir(server.run_dir / "agents"))
+
+
+def test_files_stay_over_a_stop_and_temporary_ones_do_not(http, sandbox):
+    ref = sandbox()["id"]
+    places = "/workspace /root /usr/local /tmp /run /dev/shm"
+    line = f"for d in {places}; do touch $d/mark; done"
+    http.post(f"/sandboxes/{ref}/execute", json={"command": line})
+    http.post(f"/sandboxes/{ref}/restart")
+    line = f"for d in {places}; do test -e $d/mark && echo $d; done; true"
+    seen = http.post(f"/sandboxes/{ref}/execute", json={"command": line}).json()["stdout"]
+    assert seen.split() == ["/workspace", "/root", "/usr/local"]
+
+
+def test_the_hosts_own_processes_are_untouched_by_a_kill_of_everything(box):
+    marker = subprocess.Popen(["sleep", "60"])
+    try:
+        box.run("kill -9 -1", timeout_seconds=5)
+        assert marker.poll() is None
+        assert still_answers(box)
+    finally:
+        marker.kill()
+        marker.wait()
