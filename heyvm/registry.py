@@ -317,10 +317,11 @@ class Registry:
     def claim(
         self, sandbox_id: str, *, expect: frozenset[Status], become: Status
     ) -> Sandbox | None:
-        """Move to a passing state, if it is in one of `expect` and nobody wants its end."""
+        """Move to a passing state, if it is in one of `expect` and nobody wants something else."""
         return self._change(
             f"status = :status, status_changed_at = :now, {_CLOCK_STOPS}",
-            f"status IN ({', '.join(repr(str(status)) for status in expect)}) AND wanted IS NULL",
+            f"status IN ({', '.join(repr(str(status)) for status in expect)})"
+            " AND (wanted IS NULL OR (wanted = 'stopped' AND :status = 'stopping'))",
             sandbox_id,
             {"status": become},
         )

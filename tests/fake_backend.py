@@ -168,7 +168,8 @@ class FileBackend(Backend):
             if not received:
                 return None
             splitter.feed(received)
-        order = frames.decode_header(found[1])
+        order: dict[str, Any] = dict(frames.decode_header(found[1]))
+        order["op"] = order["op"].decode()
         self.said.append(order)
         return order
 
