@@ -255,7 +255,7 @@ class FakeFiles:
     def upload_tar(self, ref: str, mount_path: str, path: str, chunks: Iterator[bytes]) -> int:
         content = b"".join(chunks)
         with tarfile.open(fileobj=BytesIO(content)) as tar:
-            tar.extractall(self._path(ref, mount_path, path), filter="data")
+            tar.extractall(self._path(ref, mount_path, path))
         return len(content)
 
     def delete(self, ref: str, mount_path: str, path: str, recursive: bool) -> None:

@@ -138,11 +138,15 @@ def wanted(download: Download) -> Span | None:
         return None
     if not current(download):
         return None
-    size = download.size or 0
-    span = ranges.range_for_length(size)
-    if span is None:
+    return span_of(*ranges.ranges[0], download.size or 0)
+
+
+def span_of(start: int, stop: int | None, size: int) -> Span:
+    """RFC 9110 section 14.1.2. A negative start: so many of the last bytes, all if it has less."""
+    first = max(0, size + start) if start < 0 else start
+    if first >= size:
         raise RangeNotSatisfiable(f"the file has {size} bytes", size=size)
-    return Span(*span)
+    return Span(first, size if stop is None else min(stop, size))
 
 
 def current(download: Download) -> bool:
