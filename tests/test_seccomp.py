@@ -383,7 +383,7 @@ ORDINARY = {
     ' require("http").createServer().listen(0, function () { this.close(); })\'',
     "perl": "perl -e 'exit(fork ? (wait, $? >> 8)[1] : 0)'",
     "flock": "flock lock true && timeout 5 true && nice -n 1 true && taskset -c 0 true",
-    "chmod": "touch m && chmod 755 m && chmod +t . && chown 0:0 m; ln -s m n; mkfifo o;"
+    "chmod": "touch m && chmod 755 m && chmod +t . && chown $(id -u) m; ln -s m n; mkfifo o;"
     " touch -d @1 m",
     "sqlite": 'python3 -c \'import sqlite3; sqlite3.connect("x.db").execute("create table t(a)")\'',
 }
