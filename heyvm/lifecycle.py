@@ -301,8 +301,10 @@ class Lifecycle:
         self._cut_short(entry)
         with self._last_turn(entry.sandbox):
             entry = self.registry.entry(entry.sandbox.id)
-            if entry.wanted != "stopped" and entry.sandbox.status is Status.STOPPED:
+            if entry.wanted is None and entry.sandbox.status is Status.STOPPED:
                 return entry.sandbox
+            # Once more: somebody may have finished this stop, and somebody else started it since.
+            entry = self.registry.want(entry.sandbox.id, "stopped")
             return self._end(entry.sandbox, grace=0)
 
     def _start(self, sandbox: Sandbox) -> Sandbox:
@@ -385,7 +387,8 @@ class Lifecycle:
         return running and self.backend_of(sandbox).poll(sandbox) is None
 
     def _claimed(self, sandbox: Sandbox, become: Status) -> Sandbox:
-        claimed = self.registry.claim(sandbox.id, expect=SETTLED, become=become)
+        # Who holds the lock may take it from any state: a force-stop may just have moved it on.
+        claimed = self.registry.claim(sandbox.id, expect=frozenset(Status), become=become)
         if claimed is None:
             raise self._interrupted(sandbox)
         return claimed
