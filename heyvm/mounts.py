@@ -81,7 +81,9 @@ def putting(mount: Mount) -> Callable[[Sandbox], Sandbox]:
     """A change that puts it in the place of the one at the same path."""
 
     def change(sandbox: Sandbox) -> Sandbox:
-        mounts = (mount if one.sandbox_path == mount.sandbox_path else one for one in sandbox.mounts)
+        mounts = (
+            mount if one.sandbox_path == mount.sandbox_path else one for one in sandbox.mounts
+        )
         return replace(sandbox, mounts=tuple(mounts))
 
     return change

@@ -30,6 +30,9 @@ STOP_TIMEOUT_S = 30.0
 OWN_SETTINGS = ("HEYVM_", "JWT_", "S3_", "MSB_", "API_HOSTNAME", "AUTH_SERVER_URL", "GUNICORN_")
 
 
+ORDINARY = 23450  # an ordinary user, of whom /etc/passwd need not know
+
+
 class Session(requests.Session):
     """`requests`, with paths instead of addresses."""
 

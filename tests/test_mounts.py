@@ -76,7 +76,9 @@ def test_a_read_only_one_is_never_written(sandbox, shared, run):
 
 @ROOT
 @pytest.mark.parametrize("owner", [0, DAEMON])
-def test_roots_and_the_systems_directories_are_refused_as_writable(http, sandbox, shared, run, owner):
+def test_roots_and_the_systems_directories_are_refused_as_writable(
+    http, sandbox, shared, run, owner
+):
     path = shared(owner)
     answer = http.post("/sandboxes", json={"mounts": [mount(path)]})
     assert answer.status_code == 422
@@ -96,8 +98,8 @@ def test_a_planted_set_id_file_helps_no_other_user(http, sandbox, shared, run, o
         (
             "cp /bin/sh /data/s{0} && chmod 4755 /data/s{0}",
             "install -m 6755 /bin/sh /data/s{0}",
-            'python3 -c \'import os; os.open("/data/s{0}", os.O_CREAT, 0o4755)\'',
-            'python3 -c \'import os; os.mknod("/data/s{0}", 0o104755)\'',
+            "python3 -c 'import os; os.open(\"/data/s{0}\", os.O_CREAT, 0o4755)'",
+            "python3 -c 'import os; os.mknod(\"/data/s{0}\", 0o104755)'",
             "cp /bin/sh /data/s{0} && chmod g+s /data/s{0}",
         )
     ):
@@ -106,7 +108,15 @@ def test_a_planted_set_id_file_helps_no_other_user(http, sandbox, shared, run, o
         assert not found.stat().st_mode & (stat.S_ISUID | stat.S_ISGID), found
         if found.name.startswith("s"):
             seen = subprocess.run(
-                ["setpriv", f"--reuid={BOB}", f"--regid={BOB}", "--clear-groups", found, "-pc", "id -u; id -g"],
+                [
+                    "setpriv",
+                    f"--reuid={BOB}",
+                    f"--regid={BOB}",
+                    "--clear-groups",
+                    found,
+                    "-pc",
+                    "id -u; id -g",
+                ],
                 capture_output=True,
                 text=True,
             )
@@ -120,7 +130,12 @@ def test_files_of_others_in_it_stay_theirs(sandbox, shared, run):
     secret.write_text("root's")
     secret.chmod(0o600)
     ref = sandbox(mounts=[mount(path)])["id"]
-    for line in ("cat /data/secret", "chown 0 /data/secret", "chmod 666 /data/secret", "sh -c 'echo x >> /data/secret'"):
+    for line in (
+        "cat /data/secret",
+        "chown 0 /data/secret",
+        "chmod 666 /data/secret",
+        "sh -c 'echo x >> /data/secret'",
+    ):
         assert run(ref, line)["exit_code"] != 0, line
     assert secret.read_text() == "root's"
     assert secret.stat().st_uid == 0
@@ -140,7 +155,8 @@ def test_a_hard_link_to_a_file_of_root_gives_nothing(sandbox, shared, run):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/etc", "/proc", "/sys", "/dev", "/run", "/usr", "/var", "/proc/self/root/tmp", "/boot"]
+    "path",
+    ["/", "/etc", "/proc", "/sys", "/dev", "/run", "/usr", "/var", "/proc/self/root/tmp", "/boot"],
 )
 def test_places_of_the_system_are_refused(http, path):
     answer = http.post("/sandboxes", json={"mounts": [mount(path, read_only=True)]})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from heyvm.backends.base import Backend
-from heyvm.backends.bubblewrap import Bubblewrap
 from heyvm.settings import Settings
 
 
 def build(settings: Settings) -> dict[str, Backend]:
     """Every backend that this server has. The first is the default."""
+    # Here, so that who needs one small module of this package does not load all of it.
+    from heyvm.backends.bubblewrap import Bubblewrap
+
     return {Bubblewrap.name: Bubblewrap(settings)}

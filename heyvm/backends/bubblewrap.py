@@ -125,7 +125,9 @@ class Bubblewrap(Backend):
     def _bwrap(self) -> str:
         path = shutil.which("bwrap", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/local/bin")
         if path is None:
-            raise Unavailable("bwrap is not installed; on Debian and Ubuntu: apt install bubblewrap")
+            raise Unavailable(
+                "bwrap is not installed; on Debian and Ubuntu: apt install bubblewrap"
+            )
         return path
 
     def allocate(self, taken: frozenset[int]) -> int | None:

@@ -111,7 +111,9 @@ def make_directories(root, path):
                 os.mkdir(name, 0o755, dir_fd=here)
             below = open_beneath(here, name)
         except OSError as error:
-            raise Refused(f"mount point /{'/'.join(done)} in the sandbox: {error.strerror}") from None
+            raise Refused(
+                f"mount point /{'/'.join(done)} in the sandbox: {error.strerror}"
+            ) from None
         os.close(here)
         here = below
     return here
@@ -190,6 +192,7 @@ def stage(*names):
     mount("stage", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     for name in names:
         os.mkdir(f"{STAGE}/{name}")
+    os.close(os.open(f"{STAGE}/empty", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o444))
 
 
 def overlay(name, lower_path, extra=""):
@@ -234,7 +237,10 @@ def assemble_as_root(spec, namespace):
     unshare(CLONE_NEWNS, "mounts")
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     os.chdir(spec["dir"])
-    trees = {"root-lower": lower(spec["template"], namespace), "usr-lower": lower("/usr", namespace)}
+    trees = {
+        "root-lower": lower(spec["template"], namespace),
+        "usr-lower": lower("/usr", namespace),
+    }
     bundle, log = clone(spec["bundle"]), clone("log")
     set_attributes(bundle, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
     set_attributes(log, ATTR_NOSUID | ATTR_NODEV)
@@ -365,6 +371,9 @@ def bubblewrap_arguments(spec, seccomp, status, agent_fd):
     ]
     for path in spec["masked"]:
         arguments += ["--ro-bind", "/dev/null", path]
+    if spec["id_base"] is None:
+        # With one id for all, pid 1's is its neighbours' to write.
+        arguments += ["--ro-bind", f"{STAGE}/empty", "/proc/1/oom_score_adj"]
     for name in spec["capabilities"]:
         arguments += ["--cap-add", name]
     agent = [str(agent_fd) if word == "LISTEN_FD" else word for word in spec["agent"]]

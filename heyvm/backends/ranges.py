@@ -44,7 +44,11 @@ def name_of(mark: str) -> str:
 def _blocks(mark: str, etc: str) -> list[int]:
     """Only what stands in both files counts: a reservation may have been cut short."""
     owned = [
-        {start for owner, start, count in _lines(f"{etc}/{name}") if (owner, count) == (name_of(mark), BLOCK)}
+        {
+            start
+            for owner, start, count in _lines(f"{etc}/{name}")
+            if (owner, count) == (name_of(mark), BLOCK)
+        }
         for name in FILES
     ]
     return sorted(owned[0] & owned[1])
