@@ -336,6 +336,10 @@ class Stream:
         if self.open:
             self.loop.watch(self.fd, select.EPOLLIN, self.ready)
 
+    def pause(self) -> None:
+        if self.open:
+            self.loop.forget(self.fd)
+
     def ready(self, _events: int) -> None:
         self.read()
         self.command.throttle()
@@ -463,7 +467,7 @@ class Command:
         fds: list[int] = []
         try:
             out, err, into = (pair(fds), pair(fds), pair(fds) if feed else (self.agent.null, -1))
-            self.pid = self.agent.spawn(self, plan, (into[0], out[1], err[1]))
+            self.agent.spawn(self, plan, (into[0], out[1], err[1]))
         except BaseException:
             close_all(fds)
             raise
@@ -490,7 +494,7 @@ class Command:
         if self.connection is not None and self.connection.full and not self.throttled:
             self.throttled = True
             for stream in self.streams:
-                self.agent.loop.forget(stream.fd)
+                stream.pause()
 
     def resume(self) -> None:
         if self.throttled:
@@ -616,7 +620,7 @@ class Plan:
     def candidates(self) -> list[bytes]:
         """The files to try, as execvp does with the command's own PATH."""
         name = self.argv[0]
-        if b"/" in name:
+        if not name or b"/" in name:
             return [name]
         path = self.environment.get(b"PATH", DEFAULT_PATH)
         return [(directory or b".") + b"/" + name for directory in path.split(b":")]
@@ -760,9 +764,9 @@ class Agent:
         except (OSError, ValueError) as error:  # ValueError: a NUL byte where none can be
             connection.finish(problem(error))
 
-    def spawn(self, command: Command, plan: Plan, stdio: tuple[int, int, int]) -> int:
-        """The new process's id. What goes wrong between fork and exec is in `command.failure`
-        by the time that it has ended.
+    def spawn(self, command: Command, plan: Plan, stdio: tuple[int, int, int]) -> None:
+        """Fork and exec. What goes wrong between the two is in `command.failure` by the time that
+        the child has ended.
 
         For root it is vfork + exec in C, a third faster than fork from Python. That needs an agent
         whose real and effective ids are root's already (see `main`); it waits for the exec.
@@ -787,29 +791,37 @@ class Agent:
         finally:
             posix.close(told)
             self.limits.restore()
-        self._follow(command, plan, pid, report)
-        return pid
-
-    def _follow(self, command: Command, plan: Plan, pid: int, report: int) -> None:
         self.commands[command.marker] = command
+        birth = Birth(self, command, plan, (pid, report))
+        self.children[pid] = birth.ended
+        birth.told()
 
-        def executed(_events: int = 0) -> None:
-            try:
-                command.failure += posix.read(report, 512)
-            except BlockingIOError:
-                self.loop.watch(report, select.EPOLLIN, executed)
-                return
-            raise_oom_score(pid)
-            self.loop.close(report)
 
-        def ended(status: int) -> None:
-            if report in self.loop.handlers:
-                executed()
-            del self.commands[command.marker]
-            command.exited(command.explain(plan) if command.failure else status)
+class Birth:
+    """A child between its fork and its exec: the pipe through which a failure is told."""
 
-        self.children[pid] = ended
-        executed()
+    def __init__(self, agent: Agent, command: Command, plan: Plan, child: tuple[int, int]) -> None:
+        self.agent, self.command, self.plan = agent, command, plan
+        self.pid, self.report = child
+        self.over = False
+
+    def told(self, _events: int = 0) -> None:
+        """It has failed, or is another program now, or (for a plain fork) has come to neither."""
+        try:
+            self.command.failure = posix.read(self.report, 512)
+        except BlockingIOError:
+            self.agent.loop.watch(self.report, select.EPOLLIN, self.told)
+            return
+        self.over = True
+        self.agent.loop.close(self.report)
+        raise_oom_score(self.pid)
+
+    def ended(self, status: int) -> None:
+        if not self.over:
+            self.told()
+        command = self.command
+        del self.agent.commands[command.marker]
+        command.exited(command.explain(self.plan) if command.failure else status)
 
 
 class StartCommand:

@@ -386,23 +386,23 @@ class Execution:
 
     def _wait(self, events: int) -> None:
         """Until the agent has said something more, which is taken in, or listens again."""
-        patience = UNWATCHED_S if self.young else WAIT_S
-        if self.client is None or (self.young and events == select.POLLIN):
-            heard = self.talk.receive(patience)
+        if events == select.POLLIN and (self.young or self.client is None):
+            heard = self.talk.receive(UNWATCHED_S if self.young else WAIT_S)
         else:
-            heard = self._watch_both(self.client, events)
+            heard = self._watch_both(events)
         self._endure(silent=not heard and not self.young)
         self.young = False
         while self.result is None and (found := self.talk.ready()) is not None:
             self._take(*found)
 
-    def _watch_both(self, client: socket.socket, events: int) -> bool:
+    def _watch_both(self, events: int) -> bool:
         poll = select.poll()
         poll.register(self.talk.sock, events)
-        poll.register(client, select.POLLIN)
+        if self.client is not None:
+            poll.register(self.client, select.POLLIN)
         found = dict(poll.poll(WAIT_S * 1000))
-        if client.fileno() in found:
-            self._look_at(client)
+        if self.client is not None and self.client.fileno() in found:
+            self._look_at(self.client)
         happened = found.get(self.talk.sock.fileno(), 0)
         if happened & ~select.POLLOUT:
             return self.talk.receive(0)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ START = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from heyvm.agent 
 class AgentProcess:
     """`connect()` gives a fresh connection; after `ready()` it takes operations."""
 
-    def __init__(self, directory: Path, spare: int = -1) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, spare: int = -1, box: Sequence[str] = ()) -> None:
+        self.directory, self.box = directory, box
         self.logs = directory / "log"
         self.logs.mkdir()
         self.workspace = directory / "workspace"
@@ -41,7 +41,7 @@ class AgentProcess:
     def _spawn(self, fd: int, spare: int) -> subprocess.Popen[bytes]:
         python = getattr(sys, "_base_executable", sys.executable)
         return subprocess.Popen(
-            [python, "-I", "-S", "-B", "-c", START, str(fd), str(self.logs), str(spare)],
+            [*self.box, python, "-I", "-S", "-B", "-c", START, str(fd), str(self.logs), str(spare)],
             pass_fds=[fd],
             env={},
             cwd="/",
@@ -86,6 +86,13 @@ class AgentProcess:
         self.process.stdout.close()
 
 
+def own_box(*options: str) -> list[str]:
+    """bubblewrap around this machine's own files: a process table with the agent as its pid 1."""
+    user = [] if os.geteuid() == 0 else ["--unshare-user"]
+    inside = ["--unshare-pid", "--as-pid-1", "--die-with-parent", "--dev-bind", "/", "/"]
+    return ["bwrap", *user, *inside, "--proc", "/proc", *options, "--"]
+
+
 def adopt_orphans() -> None:
     """As pid 1 of a sandbox does."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -102,9 +109,12 @@ def descendants(pid: int) -> list[int]:
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except FileNotFoundError:
         return []
+    return [int(word) for word in words]
 
 
 def alive(pid: int) -> bool:
@@ -125,8 +135,11 @@ def wait_until(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
 
 
 @contextlib.contextmanager
-def running_agent(directory: Path, spare: int = -1) -> Iterator[AgentProcess]:
-    agent = AgentProcess(directory, spare)
+def running_agent(
+    directory: Path, spare: int = -1, box: Sequence[str] = ()
+) -> Iterator[AgentProcess]:
+    """`box`: the words before its command that make it pid 1 of something."""
+    agent = AgentProcess(directory, spare, box)
     try:
         yield agent
     finally:
