@@ -185,8 +185,12 @@ class Zeros(io.RawIOBase):
 def test_a_large_upload_takes_little_memory(workspace: Path, api: FlaskClient) -> None:
     size = 64 * 1024 * 1024
     tracemalloc.start()
-    stream = {"wsgi.input": Zeros(size), "CONTENT_LENGTH": ""}
-    answer = api.post(FILES, headers=FORM, environ_overrides=stream)
+    stream = {
+        "wsgi.input": Zeros(size),
+        "CONTENT_LENGTH": "",
+        "CONTENT_TYPE": FORM["Content-Type"],
+    }
+    answer = api.post(FILES, environ_overrides=stream)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert answer.json == {"status": "created", "path": "a/b.txt", "size": size}

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import gevent
 import urllib3
 from flask import Blueprint, Response, current_app, request
-from urllib3.exceptions import HTTPError, TimeoutError
+from urllib3.exceptions import HTTPError, NewConnectionError, TimeoutError
 from werkzeug.datastructures import Headers
 
 from heyvm.api.bodies import stream
@@ -71,10 +71,16 @@ def forwarded(url: str) -> Response:
     try:
         with gevent.Timeout(FORWARD_S, TooSlow):
             return answer_of(url, body)
+    except NewConnectionError as error:  # to urllib3 a refused connection is a kind of timeout
+        raise unreachable(error) from None
     except (TooSlow, TimeoutError):
         raise GatewayTimeout(f"AUTH_SERVER_URL did not answer within {FORWARD_S} s") from None
     except HTTPError as error:
-        raise BackendFailed(f"AUTH_SERVER_URL cannot be reached: {type(error).__name__}") from None
+        raise unreachable(error) from None
+
+
+def unreachable(error: HTTPError) -> BackendFailed:
+    return BackendFailed(f"AUTH_SERVER_URL cannot be reached: {type(error).__name__}")
 
 
 def answer_of(url: str, body: bytes) -> Response:

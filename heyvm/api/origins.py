@@ -151,13 +151,13 @@ def is_loopback(peer: str | None) -> bool:
     if peer in ("", "127.0.0.1"):
         return True
     address = address_of(peer or "-")
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
     return address is not None and address.is_loopback
 
 
 def address_of(text: str) -> Address | None:
+    """An address; `::ffff:127.0.0.1`, as a socket of both kinds has it, is the one of IPv4."""
     try:
-        return ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text)
     except ValueError:
         return None
+    return getattr(address, "ipv4_mapped", None) or address

@@ -506,7 +506,7 @@ class UploadForm(Schema):
     mount_path = fields.String(metadata=about("The mount, by its path inside.", "/workspace"))
     file_path = fields.String(metadata=about("Where in it.", "index.html"))
     file = fields.String(
-        required=True, metadata={"format": "binary", "description": "The file's bytes."}
+        required=True, metadata={"format": "binary", **about("The file's bytes.", "Hello world!")}
     )
 
 
