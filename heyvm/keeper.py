@@ -24,18 +24,20 @@ from functools import partial
 from pathlib import Path
 
 from heyvm import backends
-from heyvm.errors import HeyvmError
+from heyvm.errors import HeyvmError, Misconfigured
 from heyvm.lifecycle import Lifecycle
 from heyvm.registry import Entry, Registry
 from heyvm.settings import Settings, from_env
 
 TICK_S = 0.25
 WATCH_S = 0.5
+FAILED_REST_S = 10.0
 SWEEP_S = 2.0
 FULL_SWEEP_S = 30.0
 CHORES_S = 10.0
 LONGEST_REST_S = 30.0
 AT_ONCE = 32
+MISCONFIGURED = 2
 # struct flock of 64-bit Linux: type, whence, start, length, pid (fcntl(2)).
 FLOCK = struct.Struct("hhqqi4x")
 # Not for the keeper: it serves nobody.
@@ -48,7 +50,7 @@ class Keeper:
     def __init__(self, lifecycle: Lifecycle, *, say: Callable[[str], None]) -> None:
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
-        self._say = say
+        self._say = _Seldom(say)
         self._works = _Works(say)
         self._changes: int | None = None
         self._running: Sequence[Entry] = ()
@@ -133,6 +135,21 @@ class Keeper:
         self._registry.keep_ballast()
 
 
+class _Seldom:
+    """Says each thing once in a while: what fails at every tick would fill the log."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: dict[str, float] = {}
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        self._said = {old: at for old, at in self._said.items() if now - at < LONGEST_REST_S}
+        if text not in self._said:
+            self._said[text] = now
+            self._say(text)
+
+
 @dataclass
 class _Round:
     """One kind of look, and when it is due next (time.monotonic)."""
@@ -185,14 +202,17 @@ def watch(settings: Settings) -> None:
     For a thread or greenlet of each worker. Of several that are started at once, one stays.
     """
     child: int | None = None
+    say = _Seldom(_say)
     while True:
-        child = _without_ended(child)
         try:
             if child is None and is_missing(settings.data_dir):
                 child = spawn(settings)
         except OSError as error:
-            _say(f"cannot be started: {error}")
+            say(f"cannot be started: {error}")
         time.sleep(WATCH_S)
+        child, failed = _reaped(child)
+        if failed:
+            time.sleep(FAILED_REST_S)
 
 
 def is_missing(data_dir: Path) -> bool:
@@ -263,6 +283,11 @@ def main() -> int:
     over = threading.Event()
     _follow_server(over)
     registry = Registry(settings.data_dir / "registry.db")
+    try:
+        registry.open()
+    except Misconfigured as wrong:
+        _say(wrong.detail)
+        return MISCONFIGURED
     Keeper(Lifecycle(registry, backends.build(settings), settings), say=_say).run(over)
     return 0
 
@@ -293,15 +318,17 @@ def _environment(settings: Settings) -> Mapping[str, str]:
     return environment
 
 
-def _without_ended(child: int | None) -> int | None:
-    """The child if it still runs; it is reaped if not."""
+def _reaped(child: int | None) -> tuple[int | None, bool]:
+    """The child if it still runs, and whether it gave up, saying why."""
     if child is None:
-        return None
+        return None, False
     try:
-        ended, _ = os.waitpid(child, os.WNOHANG)
+        ended, status = os.waitpid(child, os.WNOHANG)
     except ChildProcessError:
-        return None
-    return None if ended else child
+        return None, False
+    if not ended:
+        return child, False
+    return None, os.waitstatus_to_exitcode(status) > 0
 
 
 def _open_lock(data_dir: Path) -> int:

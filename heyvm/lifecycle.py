@@ -491,9 +491,13 @@ class Lifecycle:
         return self.registry.expire_due()
 
     def attend(self, sandbox_id: str) -> bool:
-        """Finish what a holder that died, or an expiry, left to do; False while somebody acts."""
+        """Finish what a holder that died, or an expiry, left to do; False while somebody acts.
+
+        Whoever acts on one whose end is wanted finds its box killed.
+        """
         held = locks.try_lock(self._locks, sandbox_id)
         if held is None:
+            self._hurry(sandbox_id)
             return False
         with held:
             try:
@@ -508,9 +512,11 @@ class Lifecycle:
                 self._settle_left(entry)
             return True
 
-    def cut_short(self, sandbox_id: str) -> None:
-        """Kill what runs of it, whoever holds its lock: its end is wanted."""
-        self._cut_short(self.registry.entry(sandbox_id))
+    def _hurry(self, sandbox_id: str) -> None:
+        with suppress(NotFound):
+            entry = self.registry.entry(sandbox_id)
+            if entry.wanted is not None:
+                self._cut_short(entry)
 
     def ending_of(self, entry: Entry) -> str | None:
         """None while a running sandbox runs, else the reason why it does not."""
