@@ -297,7 +297,8 @@ def list_files(peer: Peer, request: Fields) -> Result:
     path = path_of(request)
     top = tree_of(request).directory(path)
     prefix = b"".join(part + b"/" for part in path)
-    batch, size = list[frames.Writable](), 0
+    batch: list[frames.Writable] = []
+    size = 0
     for _, name, full, state in walk(top, prefix, number(request, "recursive", 0) == 1):
         batch.append({"name": name, "path": full, **facts(state)})
         size += len(name) + len(full) + 100
