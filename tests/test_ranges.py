@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def etc(tmp_path):
-    (tmp_path / "passwd").write_text("root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n")
+    (tmp_path / "passwd").write_text(
+        "root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n"
+    )
     (tmp_path / "group").write_text("root:x:0:\n")
     (tmp_path / "subuid").write_text("ann:100000:65536")
     (tmp_path / "subgid").write_text("ann:100000:65536\n")
@@ -74,7 +76,9 @@ def test_servers_that_reserve_at_once_get_blocks_that_do_not_overlap(etc):
     )
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", program, f"m{number}", str(etc)], cwd=ROOT, stdout=subprocess.PIPE
+            [sys.executable, "-c", program, f"m{number}", str(etc)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
         )
         for number in range(6)
     ]

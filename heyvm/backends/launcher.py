@@ -372,8 +372,10 @@ def bubblewrap_arguments(spec, seccomp, status, agent_fd):
     for path in spec["masked"]:
         arguments += ["--ro-bind", "/dev/null", path]
     if spec["id_base"] is None:
-        # With one id for all, pid 1's is its neighbours' to write.
-        arguments += ["--ro-bind", f"{STAGE}/empty", "/proc/1/oom_score_adj"]
+        # With one id for all, pid 1's are its neighbours' to write.
+        for path in ("oom_score_adj", "oom_adj", "task/1/oom_score_adj", "task/1/oom_adj"):
+            if os.path.exists(f"/proc/self/{path.removeprefix('task/1/')}"):
+                arguments += ["--ro-bind", f"{STAGE}/empty", f"/proc/1/{path}"]
     for name in spec["capabilities"]:
         arguments += ["--cap-add", name]
     agent = [str(agent_fd) if word == "LISTEN_FD" else word for word in spec["agent"]]
