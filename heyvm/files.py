@@ -188,7 +188,7 @@ def demand_writable(place: Place) -> None:
 
 def info_of(place: Place, head: guest.FileHead) -> FileInfo:
     name = posixpath.basename(place.path) or posixpath.basename(place.mount)
-    return FileInfo(name, place.path, head.type, head.size, head.mode, head.mtime_ns / 1e9)
+    return FileInfo(name, place.path, head.type, head.size, head.mode, head.modified_at)
 
 
 def etag(head: guest.FileHead) -> str:

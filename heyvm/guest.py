@@ -64,6 +64,11 @@ class FileHead:
     mtime_ns: int
     ino: int
 
+    @property
+    def modified_at(self) -> float:
+        seconds, rest = divmod(self.mtime_ns, 1_000_000_000)
+        return seconds + rest / 1e9
+
 
 def base_environment(sandbox: Sandbox) -> dict[str, str]:
     """What every command of a sandbox finds set. The agent adds HOME, USER and LOGNAME."""
@@ -481,7 +486,7 @@ def entry_of(item: frames.Value) -> FileInfo:
         raise nonsense("an entry that is no dict")
     head = head_of(item)
     name, path = words(item, "name"), words(item, "path")
-    return FileInfo(name, path, head.type, head.size, head.mode, head.mtime_ns / 1e9)
+    return FileInfo(name, path, head.type, head.size, head.mode, head.modified_at)
 
 
 def head_of(fields: Fields) -> FileHead:
