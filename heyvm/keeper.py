@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from heyvm import backends
-from heyvm.errors import HeyvmError, Misconfigured
+from heyvm.errors import HeyvmError
 from heyvm.lifecycle import Lifecycle
 from heyvm.registry import Entry, Registry
 from heyvm.settings import Settings, from_env
@@ -37,7 +37,9 @@ FULL_SWEEP_S = 30.0
 CHORES_S = 10.0
 LONGEST_REST_S = 30.0
 AT_ONCE = 32
-MISCONFIGURED = 2
+FOLLOW_S = 5.0
+CANNOT_START = 2
+LOCK_NAME = "keeper.lock"
 # struct flock of 64-bit Linux: type, whence, start, length, pid (fcntl(2)).
 FLOCK = struct.Struct("hhqqi4x")
 # Not for the keeper: it serves nobody.
@@ -281,31 +283,36 @@ def main() -> int:
     if settings.debug:
         logging.basicConfig(level=logging.DEBUG, format="heyvm keeper: %(message)s")
     over = threading.Event()
-    _follow_server(over)
+    threading.Thread(target=_follow, args=(settings.data_dir, lock, over), daemon=True).start()
     registry = Registry(settings.data_dir / "registry.db")
+    lifecycle = Lifecycle(registry, backends.build(settings), settings)
     try:
-        registry.open()
-    except Misconfigured as wrong:
-        _say(wrong.detail)
-        return MISCONFIGURED
-    Keeper(Lifecycle(registry, backends.build(settings), settings), say=_say).run(over)
+        lifecycle.open()
+    except HeyvmError as error:
+        _say(error.detail)
+        return CANNOT_START
+    Keeper(lifecycle, say=_say).run(over)
     return 0
 
 
-def _follow_server(over: threading.Event) -> None:
-    """Set `over` when the server is gone, if it told by which pipe that is seen."""
+def _follow(data_dir: Path, lock: int, over: threading.Event) -> None:
+    """Set `over` when the server is gone, if it told by which pipe that is seen, or the directory
+    that is kept."""
     alive = os.environ.get("HEYVM_ALIVE_FD")
-    if not alive:
-        return
-    descriptor = int(alive)
-    os.set_inheritable(descriptor, False)
+    pipe = [int(alive)] if alive else []
+    while True:
+        # Nobody writes to the pipe: what can be read is its end.
+        ended, _, _ = select.select(pipe, [], [], FOLLOW_S)
+        if ended or not _is_at(data_dir / LOCK_NAME, lock):
+            over.set()
+            return
 
-    def follow() -> None:
-        # Nobody writes to it: what can be read is its end.
-        select.select([descriptor], [], [])
-        over.set()
 
-    threading.Thread(target=follow, daemon=True).start()
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _environment(settings: Settings) -> Mapping[str, str]:
@@ -333,7 +340,7 @@ def _reaped(child: int | None) -> tuple[int | None, bool]:
 
 def _open_lock(data_dir: Path) -> int:
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.open(data_dir / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return os.open(data_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _open_descriptors() -> set[int]:

@@ -114,6 +114,11 @@ class Lifecycle:
             )
         return backend
 
+    def open(self) -> None:
+        """Open the registry now. `Misconfigured` where this server may not use it."""
+        self.registry.open()
+        self.registry.agree(self.settings.run_dir)
+
     # -- create ----------------------------------------------------------------------------------
 
     def create(
@@ -217,7 +222,7 @@ class Lifecycle:
             sandbox_id = f"sb-{secrets.token_hex(4)}"
             # Held before the row can be seen: the keeper settles each passing row that nobody
             # holds.
-            held = locks.try_lock(self._locks, sandbox_id)
+            held = self._try_lock(sandbox_id)
             if held is None:
                 continue
             try:
@@ -495,7 +500,7 @@ class Lifecycle:
 
         Whoever acts on one whose end is wanted finds its box killed.
         """
-        held = locks.try_lock(self._locks, sandbox_id)
+        held = self._try_lock(sandbox_id)
         if held is None:
             self._hurry(sandbox_id)
             return False
@@ -593,11 +598,16 @@ class Lifecycle:
         with self._lock(sandbox, patience=LAST_TURN_PATIENCE_S) as held:
             yield held
 
+    def _try_lock(self, sandbox_id: str) -> SandboxLock | None:
+        self.registry.agree(self.settings.run_dir)
+        return locks.try_lock(self._locks, sandbox_id)
+
     def _lock(self, sandbox: Sandbox, *, patience: float) -> SandboxLock:
         def busy() -> str:
             now = self.get(sandbox.id).status
             return f"sandbox {sandbox.slug!r} is busy ({now}): try again"
 
+        self.registry.agree(self.settings.run_dir)
         return locks.lock(self._locks, sandbox.id, patience=patience, busy=busy)
 
     def _cut_short(self, entry: Entry) -> None:

@@ -319,7 +319,7 @@ class Registry:
     ) -> Sandbox | None:
         """Move to a passing state, if it is in one of `expect` and nobody wants something else."""
         return self._change(
-            f"status = :status, status_changed_at = :now, {_CLOCK_STOPS}",
+            f"status = :status, status_changed_at = :now, boot_id = :boot_id, {_CLOCK_STOPS}",
             f"status IN ({', '.join(repr(str(status)) for status in expect)})"
             " AND (wanted IS NULL OR (wanted = 'stopped' AND :status = 'stopping'))",
             sandbox_id,
@@ -457,6 +457,33 @@ class Registry:
         if amended is None:
             raise NotFound(self._why_not(sandbox_id))
         return amended
+
+    def agree(self, run_dir: Path) -> None:
+        """See that whoever uses this registry keeps locks and sockets in the same directory.
+
+        `Misconfigured` while another one holds what is alive: two servers would not see each
+        other's locks. A directory that nothing needs any more is forgotten.
+        """
+        if self._run_dir_rows() == [(str(run_dir),)]:
+            return
+        self._write(lambda connection: self._move_to(connection, str(run_dir)))
+
+    def _run_dir_rows(self) -> list[Row]:
+        return self._read("SELECT value FROM meta WHERE key = 'run-dir'")
+
+    def _move_to(self, connection: sqlite3.Connection, run_dir: str) -> None:
+        rows = connection.execute("SELECT value FROM meta WHERE key = 'run-dir'").fetchall()
+        alive = connection.execute(
+            "SELECT count(*) FROM sandboxes WHERE deleted_at IS NULL AND boot_id = ?"
+            f" AND (status = 'running' OR ({_UNSETTLED}))",
+            (self.clock.boot_id,),
+        ).fetchall()[0][0]
+        if rows and rows[0][0] != run_dir and alive:
+            raise Misconfigured(
+                f"{alive} sandboxes of {self.path.parent} are alive with their sockets in"
+                f" {rows[0][0]}: set HEYVM_RUN_DIR={rows[0][0]} (it is {run_dir} here)"
+            )
+        connection.execute("INSERT OR REPLACE INTO meta VALUES ('run-dir', ?)", (run_dir,))
 
     # -- the keeper's chores ---------------------------------------------------------------------
 
@@ -603,6 +630,7 @@ class Registry:
             "backend_type": sandbox.backend_type,
             "image_resolved": sandbox.image_resolved,
             "ttl_left": sandbox.ttl_seconds,
+            "boot_id": self.clock.boot_id,
             "id_base": sandbox.id_base,
             "state": _dump(sandbox.state),
         }

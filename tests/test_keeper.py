@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -303,6 +303,7 @@ def test_left_overs_are_removed_and_nothing_else(
         assert wait_for(lambda: "sb-0badcafe" not in backend.inventory())
         (backend.root / "sb-1badcafe").mkdir()
         assert wait_for(lambda: "sb-1badcafe" not in backend.inventory(), 4)
+        assert wait_for(lambda: len(kept.said) == 2)
 
     assert backend.inventory() == {up.id, stopped.id}
     assert kept.said == [
@@ -441,38 +442,80 @@ def test_a_keeper_ends_when_its_server_is_gone(
     assert started[0].wait(5) == 0
 
 
+WATCHER = """
+import os, socket
+from heyvm import keeper
+from heyvm.settings import from_env
+reading, writing = os.pipe()
+os.environ["HEYVM_ALIVE_FD"] = str(reading)
+listener = socket.create_server(("127.0.0.1", 0))
+listener.set_inheritable(True)
+print(reading, os.fstat(reading).st_ino, os.fstat(listener.fileno()).st_ino, flush=True)
+keeper.watch(from_env(os.environ))
+"""
+
+
+@pytest.fixture
+def watched(settings: Settings) -> Iterator[tuple[int, int, int]]:
+    """A process that watches as a worker does: its pipe's number and inode, its listener's."""
+    environment = {
+        **os.environ,
+        "HEYVM_DATA_DIR": str(settings.data_dir),
+        "HEYVM_RUN_DIR": str(settings.run_dir),
+        "JWT_SECRET": "keep this",
+    }
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WATCHER], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+    )
+    assert worker.stdout is not None
+    pipe, pipe_inode, listener_inode = map(int, worker.stdout.readline().split())
+    assert wait_for(lambda: holder(settings) is not None, 20)
+    yield pipe, pipe_inode, listener_inode
+    worker.kill()
+    worker.wait()
+    assert wait_for(lambda: holder(settings) is None, 10), "it must follow its server"
+
+
 def test_a_dead_keeper_is_back_within_a_second(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, watched: tuple[int, int, int]
 ) -> None:
-    reading, writing = os.pipe()
-    monkeypatch.setenv("HEYVM_ALIVE_FD", str(reading))
-    monkeypatch.setenv("JWT_SECRET", "keep this")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.set_inheritable(True)
-        threading.Thread(target=keeper.watch, args=(settings,), daemon=True).start()
-        assert wait_for(lambda: holder(settings) is not None, 20)
-        first = holder(settings)
-        assert first is not None
-        os.kill(first, signal.SIGKILL)
-        died = time.monotonic()
+    first = holder(settings)
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    died = time.monotonic()
 
-        assert wait_for(lambda: holder(settings) not in (None, first), 20)
+    assert wait_for(lambda: holder(settings) not in (None, first), 20)
 
-        assert time.monotonic() - died < 1.0
-        second = holder(settings)
-        assert second is not None
-        assert os.getsid(second) == second
-        links = [os.readlink(f"/proc/{second}/fd/{name}") for name in range(3)]
-        assert links[0] == "/dev/null" and links[1] == links[2]
-        assert os.stat(f"/proc/{second}/fd/{reading}").st_ino == os.fstat(reading).st_ino
-        inode = f"socket:[{os.fstat(listener.fileno()).st_ino}]"
-        names = os.listdir(f"/proc/{second}/fd")
-        assert inode not in [os.readlink(f"/proc/{second}/fd/{name}") for name in names]
-        assert b"keep this" not in Path(f"/proc/{second}/environ").read_bytes()
-    # The thread stays: let it rest before the keeper follows its server.
-    monkeypatch.setattr(keeper, "is_missing", lambda _: False)
-    os.close(writing)
-    assert wait_for(lambda: holder(settings) is None, 10)
+    assert time.monotonic() - died < 1.0
+
+
+def test_a_keeper_has_a_session_of_its_own_and_nothing_of_the_server_but_its_pipe(
+    settings: Settings, watched: tuple[int, int, int]
+) -> None:
+    pid = holder(settings)
+    assert pid is not None
+    pipe, pipe_inode, listener_inode = watched
+
+    assert os.getsid(pid) == pid
+    open_there = {int(n): os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")}
+    assert open_there[0] == "/dev/null" and open_there[1] == open_there[2]
+    assert open_there[pipe] == f"pipe:[{pipe_inode}]"
+    assert f"socket:[{listener_inode}]" not in open_there.values()
+    assert list(open_there.values()).count(f"pipe:[{pipe_inode}]") == 1
+    assert b"keep this" not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_a_keeper_whose_data_directory_was_removed_ends(
+    tmp_path: Path, settings: Settings, started: list[subprocess.Popen[bytes]]
+) -> None:
+    lifecycle, _ = build(tmp_path)
+    sandbox = create(lifecycle, ttl_seconds=1)
+    started.append(start_keeper(tmp_path, settings))
+    assert wait_for(lambda: is_gone(lifecycle, sandbox), 20)
+
+    shutil.rmtree(settings.data_dir)
+
+    assert started[0].wait(15) == 0
 
 
 def test_a_keeper_of_an_old_server_gives_way_to_the_next(

@@ -24,13 +24,14 @@ from heyvm.errors import (
     HeyvmError,
     HookFailed,
     Invalid,
+    Misconfigured,
     NotFound,
     QuotaExceeded,
     Unavailable,
 )
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import INACTIVE, LIVE, CreateSpec, Mount, Sandbox, Status
-from heyvm.registry import Registry
+from heyvm.registry import Clock, IdempotencyKey, Registry
 from heyvm.settings import Settings
 from tests.fake_backend import (
     FailsToStart,
@@ -177,13 +178,7 @@ def test_a_create_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     assert lifecycle.list(LIVE | INACTIVE).sandboxes == []
     assert backend.inventory() == frozenset()
     assert list((tmp_path / "run" / "locks").iterdir()) == []
-    assert lifecycle.registry.replay(module_key("k", "h")) is None
-
-
-def module_key(key: str, body_hash: str) -> Any:
-    from heyvm.registry import IdempotencyKey
-
-    return IdempotencyKey(key, body_hash)
+    assert lifecycle.registry.replay(IdempotencyKey("k", "h")) is None
 
 
 def test_an_image_that_is_not_here_is_said_in_the_record(lifecycle: Lifecycle) -> None:
@@ -449,6 +444,38 @@ def test_whoever_comes_after_a_dead_holder_settles_what_it_left(
 
     assert lifecycle.start(sandbox.id).status is Status.RUNNING
     assert not (backend.root / "violations").exists()
+
+
+# -- two servers -----------------------------------------------------------------------------------
+
+
+def test_a_server_that_would_not_see_the_others_locks_is_refused(tmp_path: Path) -> None:
+    lifecycle, _ = build(tmp_path)
+    sandbox = create(lifecycle, name="one")
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    settings = Settings(data_dir=data, run_dir=elsewhere)
+    table = {"file": FileBackend(tmp_path / "boxes")}
+    blind = Lifecycle(Registry(data / "registry.db"), table, settings)
+
+    for act in (blind.open, lambda: blind.stop("one"), lambda: create(blind)):
+        with pytest.raises(Misconfigured, match=f"set HEYVM_RUN_DIR={tmp_path}/run"):
+            act()
+    assert not elsewhere.exists()
+
+    lifecycle.stop("one")  # nothing needs the old directory any more
+    assert blind.start("one").status is Status.RUNNING
+    with pytest.raises(Misconfigured, match=f"set HEYVM_RUN_DIR={elsewhere}"):
+        lifecycle.stop(sandbox.id)
+
+
+def test_what_was_alive_before_a_reboot_binds_nobody(tmp_path: Path) -> None:
+    lifecycle, _ = build(tmp_path)
+    lifecycle.registry.clock = Clock(boot_id="an earlier boot")
+    create(lifecycle, name="one")
+    data = tmp_path / "data"
+
+    settings = Settings(data_dir=data, run_dir=tmp_path / "elsewhere")
+    Lifecycle(Registry(data / "registry.db"), lifecycle.backends, settings).open()
 
 
 # -- locks -----------------------------------------------------------------------------------------
