@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from heyvm import __version__
-from heyvm.errors import Misconfigured
+from heyvm.errors import HeyvmError, Misconfigured
 from heyvm.settings import Settings, from_env
 
 DEFAULT_HOST = "0.0.0.0"
@@ -37,8 +37,12 @@ def _number(name: str, default: int) -> int:
     return int(value)
 
 
+def _say(text: str) -> None:
+    print(f"heyvm: {text}", file=sys.stderr, flush=True)
+
+
 def _give_up(message: str, code: int) -> None:
-    print(f"heyvm: {message}", file=sys.stderr, flush=True)
+    _say(message)
     raise SystemExit(code)
 
 
@@ -83,7 +87,7 @@ def on_starting(server: Any) -> None:
     """Say what is odd about the settings, or stop; make the pipe that tells the keeper the end."""
     settings = _settings()
     for line in (*settings.notices, *exposure_notices(settings, server.cfg.address)):
-        print(f"heyvm: {line}", file=sys.stderr, flush=True)
+        _say(line)
     if not _listens_already():
         for address in server.cfg.address:
             _refuse_a_taken_address(address)
@@ -106,6 +110,19 @@ def post_worker_init(worker: Any) -> None:
     if settings.debug:
         _log_to_stderr()
     worker.keeper_watch = gevent.spawn(keeper.watch, settings)
+    _warm(worker)
+
+
+def _warm(worker: Any) -> None:
+    """Make what the first sandbox would wait for, and every other request with it: some of that
+    work holds the whole worker up. A machine that cannot do it is told so, and served."""
+    for backend in worker.wsgi.extensions["heyvm"].backends.values():
+        try:
+            backend.check()
+            backend.warm()
+        except (HeyvmError, OSError) as error:
+            if worker.age == 1:
+                _say(f"no sandbox can be started here: {error} (`heyvm doctor` says more)")
 
 
 def _log_to_stderr() -> None:

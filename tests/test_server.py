@@ -307,6 +307,6 @@ def test_debug_says_requests_and_keeps_secrets() -> None:
         execute(http, path, "echo the-output-of-it")
         token = server.authorization()["Authorization"].split()[1]
 
-        assert f"POST {path}/execute" in server.log
+        assert f"POST '{path}/execute' 200" in server.log
         for hidden in (secret, token, "hunter2", "the-output-of-it"):
             assert hidden not in server.log
