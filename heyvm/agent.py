@@ -38,6 +38,7 @@ DRAIN_BYTES = 1024 * 1024
 REAPS_PER_TURN = 512
 PROCESSES_PER_TURN = 256
 MAX_FILES = 65536
+MAX_GROUPS = 64
 
 LINE_BYTES = 16 * 1024
 LOG_BYTES = 2 * 1024 * 1024
@@ -602,7 +603,7 @@ class Plan:
         self.environment = environment(request)
         self.cwd = octets(request, "cwd", b"/") or b"/"
         user = octets(request, "user", b"")
-        self.account = Account(user)
+        self.account = Account(agent, user)
         if agent.spare < 0 and self.account.ids not in ((0, 0), None):
             raise Refused("bad-user", "this sandbox has a single user: root")
         if agent.spare >= 0 and self.account.ids and self.account.ids[0] == agent.spare:
@@ -626,16 +627,49 @@ class Plan:
         return [(directory or b".") + b"/" + name for directory in path.split(b":")]
 
 
+class Table:
+    """/etc/passwd or /etc/group: its well-formed lines, read anew when the file is another."""
+
+    def __init__(self, path: bytes, numbers: tuple[int, ...], columns: int) -> None:
+        self.path, self.numbers, self.columns = path, numbers, columns
+        self._seen: tuple[int, ...] = ()
+        self._rows: list[list[bytes]] = []
+
+    def rows(self) -> list[list[bytes]]:
+        try:
+            state = posix.stat(self.path)
+            mark = (state.st_ino, state.st_dev, state.st_mtime_ns, state.st_size)
+            if mark != self._seen:
+                self._seen, self._rows = mark, self._read()
+        except OSError:
+            return []
+        return self._rows
+
+    def _read(self) -> list[list[bytes]]:
+        lines = read_file(self.path, 1 << 20).split(b"\n")
+        rows = [line.split(b":") for line in lines if line.count(b":") == self.columns - 1]
+        return [row for row in rows if all(numeric(row[at]) is not None for at in self.numbers)]
+
+    def find(self, name: bytes) -> list[bytes] | None:
+        """The line of a name, or else of a number."""
+        rows = self.rows()
+        for column in (0, 2):
+            for row in rows:
+                if row[column] == name:
+                    return row
+        return None
+
+
 class Account:
     """Who a command runs as. `ids` is None for what the agent is itself: root with no groups."""
 
-    def __init__(self, user: bytes) -> None:
+    def __init__(self, agent: Agent, user: bytes) -> None:
         self.name, self.home = b"root", b"/root"
         self.groups: list[int] = []
         self.ids: tuple[int, int] | None = None
         name, colon, group = user.partition(b":")
-        entry = find_user(name or b"0")
-        uid = int(entry[2]) if entry else numeric(name)
+        entry = agent.users.find(name or b"0")
+        uid = int(entry[2]) if entry else numeric(name or b"0")
         if uid is None:
             raise Refused("bad-user", "no such user in the sandbox's /etc/passwd")
         gid = int(entry[3]) if entry else 0
@@ -644,10 +678,23 @@ class Account:
         elif uid:
             self.name, self.home = name, b"/"
         if colon:
-            gid = find_group(group)
+            gid = group_id(agent, group)
         if user and (uid, gid) != (0, 0):
             self.ids = (uid, gid)
-            self.groups = [gid] if colon else sorted({gid, *groups_of(self.name)})
+            self.groups = [gid] if colon else sorted({gid, *groups_of(agent, self.name)})
+
+
+def group_id(agent: Agent, group: bytes) -> int:
+    entry = agent.groups.find(group)
+    gid = int(entry[2]) if entry else numeric(group)
+    if gid is None:
+        raise Refused("bad-user", "no such group in the sandbox's /etc/group")
+    return gid
+
+
+def groups_of(agent: Agent, name: bytes) -> list[int]:
+    rows = [row for row in agent.groups.rows() if name in row[3].split(b",")]
+    return [int(row[2]) for row in rows[:MAX_GROUPS]]
 
 
 class Agent:
@@ -668,6 +715,8 @@ class Agent:
         self.listener.settimeout(0)
         self.listener_fd = listen_fd
         self.null = -1
+        self.users = Table(b"/etc/passwd", (2, 3), 7)
+        self.groups = Table(b"/etc/group", (2,), 4)
 
     def run(self) -> None:
         """For ever, or until the host shows no interest."""
@@ -1212,41 +1261,6 @@ def read_file(path: bytes, size: int) -> bytes:
         return posix.read(fd, size)
     finally:
         posix.close(fd)
-
-
-def table(path: bytes, columns: int) -> list[list[bytes]]:
-    """The well-formed lines of /etc/passwd or /etc/group."""
-    try:
-        lines = read_file(path, 1 << 20).split(b"\n")
-    except OSError:
-        return []
-    rows = [line.split(b":") for line in lines if line.count(b":") == columns - 1]
-    return [row for row in rows if numeric(row[2]) is not None]
-
-
-def find_user(name: bytes) -> list[bytes] | None:
-    """The line of a name, or else of a number."""
-    rows = [row for row in table(b"/etc/passwd", 7) if numeric(row[3]) is not None]
-    for column in (0, 2):
-        for row in rows:
-            if row[column] == name:
-                return row
-    return None
-
-
-def find_group(name: bytes) -> int:
-    for row in table(b"/etc/group", 4):
-        if row[0] == name:
-            return int(row[2])
-    gid = numeric(name)
-    if gid is None:
-        raise Refused("bad-user", "no such group in the sandbox's /etc/group")
-    return gid
-
-
-def groups_of(name: bytes) -> list[int]:
-    rows = [row for row in table(b"/etc/group", 4) if name in row[3].split(b",")]
-    return [int(row[2]) for row in rows[:64]]
 
 
 def numeric(name: bytes) -> int | None:
