@@ -42,6 +42,7 @@ UPLOAD_BODY = {
         "application/x-tar": BINARY,
     },
 }
+JSON_BODY = {"required": True, "content": {"application/json": {"schema": UploadJson}}}
 AS_TAR = {200: {"content": {"application/x-tar": BINARY}}}
 RANGE_PARAMETERS = [
     {
@@ -101,12 +102,14 @@ class Files(MethodView):
 
 @blp.route("/sandboxes/<ref>/files/upload")
 class UploadInJson(MethodView):
-    @blp.operation("uploadFileJson", *REACH, TooLarge, UnsupportedMedia)
-    @blp.arguments(UploadJson, limit=uploads.MAX_JSON_UPLOAD_BYTES)
+    @blp.operation("uploadFileJson", *REACH, TooLarge, UnsupportedMedia, requestBody=JSON_BODY)
     @blp.response(201, Uploaded)
-    def post(self, body: dict[str, str], ref: str) -> dict[str, Any]:
-        """Upload a file in JSON, as base64"""
-        return uploads.receive_json(ref, body)
+    def post(self, ref: str) -> dict[str, Any]:
+        """Upload a file in JSON, as base64
+
+        Streamed too, and with no other limit; `content` comes last if it is large.
+        """
+        return uploads.receive_json(ref)
 
 
 @blp.route("/sandboxes/<ref>/files/<rest:path>")

@@ -18,7 +18,7 @@ from werkzeug.routing import BaseConverter
 from werkzeug.utils import cached_property
 
 from heyvm.api.fields import check_lengths
-from heyvm.errors import BadRequest
+from heyvm.errors import BadRequest, Invalid
 
 MAX_ARGUMENTS = 50
 DEFAULT_MOUNT = "/workspace"
@@ -67,6 +67,14 @@ def within(mount_path: str, path: str) -> str:
     if below.startswith("/"):
         raise BadRequest(f"the path {path!r} does not lie in the mount {mount_path!r}")
     return "" if below in ("", ".", "./") else posixpath.normpath(below)
+
+
+def file_path(mount_path: str, path: str) -> str:
+    """As `within`, for what must be a file: not the mount itself."""
+    found = within(mount_path, path)
+    if not found:
+        raise Invalid("file_path names no file", errors={"file_path": ["is missing"]})
+    return found
 
 
 def mount_of(path: str) -> str:

@@ -11,30 +11,45 @@ import posixpath
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from fractions import Fraction
+from typing import IO, Any, Protocol
 
 from flask import request
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from heyvm.api import limits, paths
 from heyvm.api.bodies import CHUNK_BYTES, require_type, stream
+from heyvm.api.jsonupload import MAX_AROUND_BYTES, JsonUpload
 from heyvm.api.parts import files, settings
-from heyvm.api.schemas import from_base64
 from heyvm.errors import BadRequest, Invalid, TooLarge
 
-MAX_JSON_UPLOAD_BYTES = 64 * limits.MIB
 MAX_BOUNDARY = 200  # RFC 2046 section 5.1.1 says 70
 FORM = "multipart/form-data"
 TAR = "application/x-tar"
+JSON = "application/json"
 # A form's own lines on top of the file that it carries.
 FORM_ALLOWANCE_BYTES = limits.MAX_PARTS * 2 * limits.MAX_FIELD_BYTES
 
 
+class Upload(Protocol):
+    """A body with a file in it, and with the place where it goes."""
+
+    def until_file(self) -> None: ...
+
+    def settled(self) -> bool: ...
+
+    def place(self) -> tuple[str, str]: ...
+
+    def file(self) -> Iterator[bytes]: ...
+
+
 @dataclass
 class Form:
-    """A form as it arrives: the events of its decoder, and the fields seen so far."""
+    """A form as it arrives: the events of its decoder, and the fields seen so far. What the query
+    says holds where the form says nothing."""
 
     events: Iterator[Any]
+    query: Mapping[str, str]
     fields: dict[str, str] = field(default_factory=dict)
     file_name: str = ""
 
@@ -57,6 +72,16 @@ class Form:
             if isinstance(event, Field):
                 self.take(event)
 
+    def settled(self) -> bool:
+        told = {*self.fields, *self.query}
+        return "mount_path" in told and bool(told & {"file_path", "path"})
+
+    def place(self) -> tuple[str, str]:
+        given = {**self.query, **self.fields}
+        mount_path = paths.mount_of(given.get("mount_path") or paths.DEFAULT_MOUNT)
+        path = given.get("file_path") or given.get("path") or posixpath.basename(self.file_name)
+        return mount_path, paths.file_path(mount_path, path)
+
     def take(self, event: Field) -> None:
         value = b"".join(bounded(pieces(self.events), limits.MAX_FIELD_BYTES, event.name))
         if event.name in self.fields:
@@ -69,68 +94,59 @@ def receive(ref: str, query: Mapping[str, str]) -> dict[str, Any]:
     if query.get("format") == "tar":
         return receive_tar(ref, query)
     require_type(FORM)
-    form = Form(events_of_body(max_body(FORM_ALLOWANCE_BYTES)))
-    form.until_file()
-    if names_place(form.fields, query):
-        mount_path, path = place(query, form)
-        return uploaded(path, files().upload(ref, mount_path, path, limited(form.file())))
-    return receive_late(ref, query, form)
+    return received(ref, Form(events_of_body(max_body(1, FORM_ALLOWANCE_BYTES)), query))
 
 
-def receive_late(ref: str, query: Mapping[str, str], form: Form) -> dict[str, Any]:
-    """A form whose file comes before the fields that say where it goes: kept on disk meanwhile."""
-    with tempfile.TemporaryFile(dir=settings().data_dir) as spool:
-        for piece in limited(form.file()):
-            spool.write(piece)
-        mount_path, path = place(query, form)
-        spool.seek(0)
-        return uploaded(path, files().upload(ref, mount_path, path, read_pieces(spool)))
+def receive_json(ref: str) -> dict[str, Any]:
+    """One upload by POST .../files/upload."""
+    require_type(JSON)
+    limit = max_body(Fraction(4, 3), 2 * MAX_AROUND_BYTES)
+    return received(ref, JsonUpload(stream(limit, "HEYVM_MAX_UPLOAD_BYTES")))
 
 
 def receive_tar(ref: str, query: Mapping[str, str]) -> dict[str, Any]:
     require_type(TAR)
     mount_path = paths.mount_of(query.get("mount_path", paths.DEFAULT_MOUNT))
     path = paths.within(mount_path, query.get("path") or query.get("file_path") or "")
-    chunks = stream(max_body(0), "HEYVM_MAX_UPLOAD_BYTES")
+    chunks = stream(max_body(1, 0), "HEYVM_MAX_UPLOAD_BYTES")
     return uploaded(path, files().upload_tar(ref, mount_path, path, chunks))
 
 
-def receive_json(ref: str, body: Mapping[str, str]) -> dict[str, Any]:
-    """One upload by POST .../files/upload."""
-    content = from_base64(body["content"], "content")
-    mount_path = paths.mount_of(body["mount_path"])
-    path = file_path(mount_path, body["file_path"])
-    return uploaded(path, files().upload(ref, mount_path, path, limited(iter([content]))))
+def received(ref: str, upload: Upload) -> dict[str, Any]:
+    """Hand the file on while it arrives; where it goes may be told only after it, though."""
+    upload.until_file()
+    if not upload.settled():
+        return received_late(ref, upload)
+    mount_path, path = upload.place()
+    chunks = unmoved(upload, (mount_path, path))
+    return uploaded(path, files().upload(ref, mount_path, path, limited(chunks)))
+
+
+def received_late(ref: str, upload: Upload) -> dict[str, Any]:
+    """Kept on disk until all is known, in a file that no crash leaves behind."""
+    with tempfile.TemporaryFile(dir=settings().data_dir) as spool:
+        for piece in limited(upload.file()):
+            spool.write(piece)
+        mount_path, path = upload.place()
+        spool.seek(0)
+        return uploaded(path, files().upload(ref, mount_path, path, read_pieces(spool)))
+
+
+def unmoved(upload: Upload, place: tuple[str, str]) -> Iterator[bytes]:
+    """The file's bytes, provided that what comes after them does not name another place."""
+    yield from upload.file()
+    if upload.place() != place:
+        raise BadRequest("the upload names two places: one before the file, another after it")
 
 
 def uploaded(path: str, size: int) -> dict[str, Any]:
     return {"status": "created", "path": path, "size": size}
 
 
-def names_place(fields: Mapping[str, str], query: Mapping[str, str]) -> bool:
-    """Whether all is known that a later field could say."""
-    both = {*fields, *query}
-    return "mount_path" in both and bool(both & {"file_path", "path"})
-
-
-def place(query: Mapping[str, str], form: Form) -> tuple[str, str]:
-    """The mount and the path in it; the form's fields win, then the query, then defaults."""
-    given = {**query, **form.fields}
-    mount_path = paths.mount_of(given.get("mount_path") or paths.DEFAULT_MOUNT)
-    path = given.get("file_path") or given.get("path") or posixpath.basename(form.file_name)
-    return mount_path, file_path(mount_path, path)
-
-
-def file_path(mount_path: str, path: str) -> str:
-    found = paths.within(mount_path, path)
-    if not found:
-        raise Invalid("file_path names no file", errors={"file_path": ["is missing"]})
-    return found
-
-
-def max_body(allowance: int) -> int | None:
+def max_body(growth: Fraction | int, allowance: int) -> int | None:
+    """The largest body that can hold a file within HEYVM_MAX_UPLOAD_BYTES."""
     limit = settings().max_upload_bytes
-    return None if limit is None else limit + allowance
+    return None if limit is None else int(limit * growth) + allowance
 
 
 def limited(chunks: Iterator[bytes]) -> Iterator[bytes]:
