@@ -45,6 +45,9 @@ LOG_BYTES = 2 * 1024 * 1024
 
 REPLACE_GRACE_S = 2.0
 KILL_LIMIT_S = 5.0
+CALM_PASSES = 3
+CALM_S = 0.2
+FOREVER = float("inf")
 TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND = 124, 126, 127
 OOM_SCORE = b"500"  # between an agent's 0 and the kernel's 1000: commands go first
 RLIMIT_LOCKS = 10  # unused since Linux 2.4.25, inherited by everything, shown to everybody
@@ -992,11 +995,18 @@ def end_family(marker: int, grace: float) -> Iterator[float]:
         if not (yield from signal_family(marker, 0, set())):
             return
         yield 0.01
-    limit = time.monotonic() + KILL_LIMIT_S
     stopped: set[int] = set()
-    while (yield from signal_family(marker, _signal.SIGSTOP, stopped)):
-        if time.monotonic() > limit:
-            break
+    limit = time.monotonic() + CALM_S
+    for _ in range(CALM_PASSES):
+        if not (yield from signal_family(marker, _signal.SIGSTOP, stopped, limit)):
+            yield from kill_family(marker)
+            return
+    yield from kill_bomb(marker)
+
+
+def kill_family(marker: int) -> Iterator[float]:
+    """Kill until two looks at everybody have found none of it."""
+    limit = time.monotonic() + KILL_LIMIT_S
     clean = 0
     while clean < 2 and time.monotonic() < limit:
         found = yield from signal_family(marker, _signal.SIGKILL, set())
@@ -1005,13 +1015,41 @@ def end_family(marker: int, grace: float) -> Iterator[float]:
             yield 0.001
 
 
-def signal_family(marker: int, number: int, seen: set[int]) -> Generator[float, None, int]:
-    """How many live members were met that are not in `seen`, which they then are."""
+def kill_bomb(marker: int) -> Iterator[float]:
+    """It multiplies faster than it is stopped one by one, and leaves the agent little time to run:
+    halt the whole sandbox meanwhile. A signal to all is a single call that no fork escapes.
+
+    What somebody had stopped before goes on afterwards: who that was is past finding out.
+    """
+    if posix.getpid() == 1:
+        signal_the_rest(_signal.SIGSTOP)
+    try:
+        yield from kill_family(marker)
+    finally:
+        if posix.getpid() == 1:
+            signal_the_rest(_signal.SIGCONT)
+
+
+def signal_the_rest(number: int) -> None:
+    """For pid 1: everybody in the sandbox but itself."""
+    try:
+        posix.kill(-1, number)
+    except ProcessLookupError:
+        pass
+
+
+def signal_family(
+    marker: int, number: int, seen: set[int], limit: float = FOREVER
+) -> Generator[float, None, int]:
+    """How many live members were met that are not in `seen`, which they then are. Beyond the
+    limit it is given up, as if there were more."""
     fresh = 0
     own = posix.getpid()
     for count, name in enumerate(posix.listdir("/proc")):
         if count % PROCESSES_PER_TURN == PROCESSES_PER_TURN - 1:
             yield 0
+        if time.monotonic() > limit:
+            return fresh + 1
         if name.isdigit() and int(name) != own and signal_member(int(name), marker, number):
             fresh += int(name) not in seen
             seen.add(int(name))
@@ -1086,10 +1124,7 @@ def stop(agent: Agent, connection: Connection, request: Fields) -> None:
 
 def end_everybody(agent: Agent, limit: float) -> Iterator[float]:
     if posix.getpid() == 1:
-        try:
-            posix.kill(-1, _signal.SIGTERM)  # to all that pid 1 sees but itself
-        except ProcessLookupError:
-            return
+        signal_the_rest(_signal.SIGTERM)
     else:  # not in a sandbox (a test): -1 would be everybody on the machine
         for marker in list(agent.commands):
             yield from signal_family(marker, _signal.SIGTERM, set())
