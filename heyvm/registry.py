@@ -406,7 +406,7 @@ class Registry:
         """Mark those whose time is over; their ids. A renewal before wins, one after is refused."""
         due = (
             "status = 'running' AND expires_boot <= :boot AND boot_id = :boot_id"
-            " AND wanted IS NULL AND deleted_at IS NULL"
+            " AND deleted_at IS NULL"
         )
         times = self._times()
         if not self._read(f"SELECT 1 FROM sandboxes WHERE {due} LIMIT 1", times):

@@ -184,6 +184,21 @@ class NeverComesUp(FileBackend):
     start_s = 60.0
 
 
+class HeldUp(FileBackend):
+    """Its start comes to nothing, not even a box that could be killed, until it is let go on."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def start(
+        self, sandbox: Sandbox, record: Callable[[State], None], *, visit: bool = False
+    ) -> socket.socket:
+        self.entered.set()
+        assert self.go_on.wait(10)
+        return super().start(sandbox, record, visit=visit)
+
+
 class SlowToDie(FileBackend):
     dying_s = 1.0
 

@@ -534,12 +534,14 @@ def test_a_keeper_of_an_old_server_gives_way_to_the_next(
     assert wait_for(lambda: is_gone(lifecycle, sandbox))
 
 
-def test_the_registry_that_is_refused_stops_the_keeper(tmp_path: Path, settings: Settings) -> None:
+def test_a_registry_that_is_refused_stops_the_keeper(
+    tmp_path: Path, settings: Settings, started: list[subprocess.Popen[bytes]]
+) -> None:
     settings.data_dir.mkdir()
     (settings.data_dir / "registry.db").write_bytes(b"precious" * 1000)
 
-    process = start_keeper(tmp_path, settings, stderr=subprocess.PIPE)
-    _, complaint = process.communicate(timeout=20)
+    started.append(start_keeper(tmp_path, settings, stderr=subprocess.PIPE))
+    _, complaint = started[0].communicate(timeout=20)
 
-    assert process.returncode == 2
+    assert started[0].returncode == 2
     assert b"is not a registry of heyvm" in complaint and b"Traceback" not in complaint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -36,6 +37,7 @@ from heyvm.settings import Settings
 from tests.fake_backend import (
     FailsToStart,
     FileBackend,
+    HeldUp,
     NeverComesUp,
     NotInstalled,
     RefusesMounts,
@@ -496,6 +498,23 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_not_one(tmp_path: Path) -> N
     assert locks.try_lock(tmp_path, "sb-1") is not None
 
 
+def test_a_lock_whose_file_goes_between_open_and_flock_is_not_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, path = fcntl.flock, tmp_path / "sb-1"
+
+    def flock_too_late(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_too_late)
+    held = locks.try_lock(tmp_path, "sb-1")
+
+    assert held is not None
+    assert locks.try_lock(tmp_path, "sb-1") is None
+
+
 def test_only_one_ever_holds_a_lock_that_is_made_and_removed(tmp_path: Path) -> None:
     inside: list[int] = []
     overlaps: list[int] = []
@@ -565,6 +584,27 @@ def test_delete_cuts_short_what_is_under_way(tmp_path: Path, kind: type[FileBack
     assert time.monotonic() - began < 5
     assert isinstance(under_way.join(5).error, Conflict | NotFound)
     assert backend.inventory() == frozenset()
+
+
+@pytest.mark.parametrize("end", ["delete", "force_stop"])
+def test_a_box_that_comes_up_after_its_end_was_wanted_runs_nothing(
+    tmp_path: Path, end: str
+) -> None:
+    server, _ = build(tmp_path, HeldUp)
+    backend = server.backends["file"]
+    assert isinstance(backend, HeldUp)
+    starting = Background(create, server)
+    assert backend.entered.wait(10)
+    sandbox = only(server)
+    ending = Background(getattr(server, end), sandbox.id)
+    assert wait_for(lambda: server.registry.entry(sandbox.id).wanted)
+
+    backend.go_on.set()
+
+    assert isinstance(starting.join().error, Conflict | NotFound)
+    assert ending.join().error is None
+    assert backend.said == []
+    assert not backend.is_up(sandbox.id)
 
 
 def test_a_hook_that_hangs_is_cut_short(lifecycle: Lifecycle, backend: FileBackend) -> None:
