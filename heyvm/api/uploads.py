@@ -100,7 +100,7 @@ def receive(ref: str, query: Mapping[str, str]) -> dict[str, Any]:
 def receive_json(ref: str) -> dict[str, Any]:
     """One upload by POST .../files/upload."""
     require_type(JSON)
-    limit = max_body(Fraction(4, 3), 2 * MAX_AROUND_BYTES)
+    limit = max_body(Fraction(3, 2), 2 * MAX_AROUND_BYTES)
     return received(ref, JsonUpload(stream(limit, "HEYVM_MAX_UPLOAD_BYTES")))
 
 
