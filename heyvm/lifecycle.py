@@ -445,7 +445,11 @@ class Lifecycle:
             entry = self.registry.entry(sandbox.id)
         self._cut_short(entry)
         with self._last_turn(sandbox) as held:
-            self._bury(self.registry.entry(sandbox.id), held)
+            try:
+                self._bury(self.registry.entry(sandbox.id), held)
+            except NotFound:
+                # The keeper, or another who deletes it, was quicker.
+                held.discard()
 
     def _bury(self, entry: Entry, held: SandboxLock) -> None:
         self._end_visit(entry)
