@@ -199,6 +199,7 @@ def curl(server: Server, *arguments: str, stdin: bytes = b"") -> tuple[int, byte
 def test_curl_removes_a_mount_by_any_spelling(
     path: str, server: Server, sandbox: Make, tmp_path: Path
 ) -> None:
+    tmp_path.chmod(0o755)
     mount = {"host_path": str(tmp_path), "sandbox_path": "/data", "read_only": True}
     ref = sandbox(mounts=[mount])["id"]
     status, body = curl(server, "-X", "DELETE", f"{server.url}/sandboxes/{ref}/mounts/{path}")

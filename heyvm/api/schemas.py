@@ -393,7 +393,7 @@ class WaitQuery(Query):
     timeout = fields.Float(
         load_default=float(limits.DEFAULT_WAIT_S),
         validate=between(0, limits.MAX_WAIT_S),
-        metadata=about("Seconds after which the record is given as it is.", 30),
+        metadata=about("Seconds after which the record is given as it is.", 5),
     )
 
     @post_load
