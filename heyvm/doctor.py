@@ -262,6 +262,8 @@ def a_sandbox(settings: Settings) -> Iterator[Check]:
 @contextlib.contextmanager
 def _own_directories(settings: Settings) -> Iterator[Settings]:
     # On the real data directory's file system: that is the one that has to be able to.
+    from heyvm.backends import trees
+
     data = tempfile.mkdtemp(prefix=".heyvm-doctor-", dir=_existing(settings.data_dir))
     try:
         with tempfile.TemporaryDirectory(prefix="hv-") as run_dir:
@@ -271,7 +273,7 @@ def _own_directories(settings: Settings) -> Iterator[Settings]:
             finally:
                 _give_back(own)
     finally:
-        shutil.rmtree(data, ignore_errors=True)
+        trees.remove(data)
 
 
 def _give_back(own: Settings) -> None:

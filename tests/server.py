@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 import requests
 
+from heyvm.backends import ranges, trees
 from heyvm.settings import mark_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -291,7 +291,7 @@ class Server:
             with contextlib.suppress(Exception):
                 ranges.release(self.mark)
                 cgroups.remove_tree(self.mark)
-        shutil.rmtree(self.home, ignore_errors=True)
+        trees.remove(str(self.home))
 
 
 class PortTaken(Exception):

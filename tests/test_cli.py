@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ import jwt
 import pytest
 
 from heyvm import __version__
-from tests.server import OWN_SETTINGS, REPOSITORY
+from tests.server import ORDINARY, OWN_SETTINGS, REPOSITORY
 
 SECRET = "a secret of at least thirty-two bytes"
 
 
-def heyvm(*arguments: str, cwd: Path = REPOSITORY, **environ: str) -> Any:
+def heyvm(*arguments: str, cwd: Path = REPOSITORY, user: int | None = None, **environ: str) -> Any:
     """Run it to its end with these settings and no others."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_SETTINGS)}
     return subprocess.run(
@@ -29,6 +30,9 @@ def heyvm(*arguments: str, cwd: Path = REPOSITORY, **environ: str) -> Any:
         capture_output=True,
         text=True,
         timeout=120,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
     )
 
 
@@ -100,18 +104,20 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
     assert "not a time" in done.stderr
 
 
-def test_doctor_runs_a_sandbox_and_leaves_nothing(tmp_path: Path) -> None:
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    before = reserved()
+@pytest.mark.parametrize("user", [None, ORDINARY] if os.geteuid() == 0 else [None])
+def test_doctor_runs_a_sandbox_and_leaves_nothing(user: int | None) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        if user is not None:
+            os.chown(home, user, user)
+        done = heyvm("doctor", user=user, HOME=home, HEYVM_DATA_DIR=home)
 
-    done = heyvm("doctor", HEYVM_DATA_DIR=str(data_dir))
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    levels = {line.split(":")[0].split(None, 1)[1]: line[:4].strip() for line in lines(done.stdout)}
-    assert levels["bubblewrap"] == levels["create"] == levels["execute"] == levels["delete"] == "ok"
-    assert list(data_dir.iterdir()) == []
-    assert reserved() <= before
+        assert done.returncode == 0, done.stdout + done.stderr
+        levels = {
+            line.split(":")[0].split(None, 1)[1]: line[:4].strip() for line in lines(done.stdout)
+        }
+        needed = {levels[name] for name in ("bubblewrap", "create", "execute", "delete")}
+        assert needed == {"ok"}
+        assert os.listdir(home) == []
 
 
 def test_doctor_as_json(tmp_path: Path) -> None:
@@ -130,8 +136,3 @@ def test_doctor_tells_of_a_data_directory_that_cannot_be() -> None:
 
 def lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line[:5].strip() in ("ok", "warn", "FAIL")]
-
-
-def reserved() -> set[str]:
-    place = Path("/etc/subuid")
-    return set(place.read_text().splitlines()) if place.exists() else set()
