@@ -109,9 +109,7 @@ def descendants(pid: int) -> list[int]:
 
 def children(pid: int) -> list[int]:
     try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
         return []
     return [int(word) for word in words]

@@ -17,7 +17,7 @@ import pytest
 
 from heyvm import frames, guest
 from heyvm.errors import BackendFailed, Invalid
-from tests.agents import alive, own_box, running_agent, wait_until
+from tests.agents import alive, children, own_box, running_agent, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user id: run as root")
 BOXED = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -373,16 +373,7 @@ def test_processes_that_multiply_do_not_outrun_the_limit(agent):
 
     assert result.timed_out
     assert time.monotonic() - began < 5
-    assert children_of(agent.process.pid) == []
-
-
-def children_of(pid):
-    wait_until(lambda: not [p for p in threads_children(pid) if alive(p)])
-    return [p for p in threads_children(pid) if alive(p)]
-
-
-def threads_children(pid):
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    wait_until(lambda: not any(alive(pid) for pid in children(agent.process.pid)))
 
 
 def test_a_host_that_hangs_up_takes_the_command_with_it(agent):
@@ -525,7 +516,7 @@ def test_start_commands_asked_for_at_once_leave_one(agent):
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda n: start(agent, f"echo $$ > pid{n}; exec sleep 60"), range(5)))
 
-    wait_until(lambda: len([p for p in threads_children(agent.process.pid) if alive(p)]) == 1)
+    wait_until(lambda: len([p for p in children(agent.process.pid) if alive(p)]) == 1)
 
 
 def test_a_start_command_whose_directory_is_missing_is_refused(agent):
