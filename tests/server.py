@@ -20,7 +20,7 @@ from typing import Any
 
 import requests
 
-from heyvm.backends import ranges, trees
+from heyvm.backends import cgroups, ranges, trees
 from heyvm.settings import mark_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -286,8 +286,6 @@ class Server:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
         if os.geteuid() == 0:
-            from heyvm.backends import cgroups, ranges
-
             with contextlib.suppress(Exception):
                 ranges.release(self.mark)
                 cgroups.remove_tree(self.mark)
