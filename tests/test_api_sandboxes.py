@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from flask.testing import FlaskClient
 
 from heyvm.api.limits import MAX_TTL_S
 from heyvm.models import CreateSpec, Mount, Status
-from tests.fake_domain import Fake, problem
+from tests.fake_domain import Fake, fake_app, problem
 
 pytest_plugins = ["tests.fake_domain"]
 
@@ -427,6 +428,13 @@ def test_capabilities_name_what_works(fake: Fake, api: FlaskClient) -> None:
     fake.backend.missing = True
     missing = api.get("/capabilities").json
     assert (missing["supportedDrivers"], missing["defaultDriver"]) == ([], None)
+
+
+def test_capabilities_tell_this_server_s_own_limits(tmp_path: Path) -> None:
+    told = fake_app(tmp_path, max_upload_bytes=7, max_sandboxes=3).app.test_client()
+    limits = {one["name"]: one["value"] for one in told.get("/capabilities").json["limits"]}
+    assert (limits["upload_bytes"], limits["sandboxes"]) == (7, 3)
+    assert limits["ttl_seconds_default"] is None
 
 
 def test_every_status_has_a_word() -> None:

@@ -75,7 +75,7 @@ def prepare(secret: str) -> None:
     """See that the secret can be one: PyJWT refuses what looks like a public key."""
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
-    except jwt.InvalidKeyError as error:
+    except (jwt.InvalidKeyError, UnicodeEncodeError) as error:
         raise Misconfigured(f"JWT_SECRET cannot be used: {error}") from None
     # Told once, at start, by the settings' own notice; not on every request.
     warnings.filterwarnings("ignore", category=InsecureKeyLengthWarning)

@@ -15,8 +15,8 @@ from typing import Any
 from marshmallow import ValidationError, fields
 from marshmallow.validate import Length, Range, Validator
 
-MAX_PATH_BYTES = 4095
-MAX_NAME_BYTES = 255
+from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
+
 ENV_NAME = re.compile(r"[^=\x00]+")
 
 

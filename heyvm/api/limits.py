@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heyvm.api.bodies import MAX_EXECUTE_BYTES, MAX_JSON_BYTES, MAX_JSON_DEPTH
+from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
+from heyvm.lifecycle import STOP_GRACE_S, TURN_PATIENCE_S
+from heyvm.logs import MAX_MESSAGE_BYTES
+from heyvm.settings import Settings
 
 DAY_S = 24 * 60 * 60
 MAX_TTL_S = 10 * 365 * DAY_S
@@ -24,6 +28,7 @@ MAX_ITEMS = 10_000
 MAX_ARGS = 100_000
 MAX_MOUNTS = 64
 MAX_KEY = 255
+LOG_FILE_BYTES = 2 * MIB  # the agent's own number; see docs/architecture.md
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 16 * 1024
 MAX_TOKEN_BYTES = 8 * 1024
@@ -63,6 +68,15 @@ LIMITS = (
     Limit("inactive_page_default", INACTIVE_PAGE, "`count` of GET /sandboxes/inactive"),
     Limit("logs_default", DEFAULT_LOGS, "log entries in an answer, unless `limit` is sent"),
     Limit("logs_max", MAX_LOGS, "the largest `limit` of logs"),
+    Limit("slug_characters", 63, "a slug"),
+    Limit("path_bytes", MAX_PATH_BYTES, "a path, of the API as of the kernel"),
+    Limit("file_name_bytes", MAX_NAME_BYTES, "a name in a path"),
+    Limit("upload_bytes", None, "a file uploaded; HEYVM_MAX_UPLOAD_BYTES sets it"),
+    Limit("sandboxes", None, "sandboxes not yet deleted; HEYVM_MAX_SANDBOXES sets it"),
+    Limit("stop_grace_seconds", int(STOP_GRACE_S), "between SIGTERM and SIGKILL in a stop"),
+    Limit("turn_seconds", int(TURN_PATIENCE_S), "a lifecycle call waits for others, then 503"),
+    Limit("log_message_bytes", MAX_MESSAGE_BYTES, "a log entry; longer lines become several"),
+    Limit("log_file_bytes", LOG_FILE_BYTES, "each of the two files that hold a sandbox's log"),
     Limit("idempotency_key_characters", MAX_KEY, "an Idempotency-Key"),
     Limit("idempotency_seconds", DAY_S, "how long an Idempotency-Key is remembered"),
     Limit("multipart_parts", MAX_PARTS, "parts of a multipart upload"),
@@ -71,3 +85,9 @@ LIMITS = (
     Limit("auth_forward_seconds", FORWARD_S, "an answer of AUTH_SERVER_URL"),
     Limit("auth_forward_bytes", FORWARD_BYTES, "a body forwarded to or from AUTH_SERVER_URL"),
 )
+
+
+def in_force(settings: Settings) -> tuple[Limit, ...]:
+    """The table with what this server's settings say."""
+    said = {"upload_bytes": settings.max_upload_bytes, "sandboxes": settings.max_sandboxes}
+    return tuple(replace(one, value=said[one.name]) if one.name in said else one for one in LIMITS)

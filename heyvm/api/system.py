@@ -8,8 +8,8 @@ from flask.views import MethodView
 
 from heyvm import __version__
 from heyvm.api.blueprint import Blueprint
-from heyvm.api.limits import LIMITS
-from heyvm.api.parts import services
+from heyvm.api.limits import in_force
+from heyvm.api.parts import services, settings
 from heyvm.api.schemas import Capabilities, Health
 from heyvm.errors import Unavailable
 
@@ -41,7 +41,7 @@ class Capable(MethodView):
             "supported_drivers": working,
             "archive_supported_drivers": [],
             "default_driver": working[0] if working else None,
-            "limits": LIMITS,
+            "limits": in_force(settings()),
         }
 
 
