@@ -50,7 +50,9 @@ SETTLED = frozenset({Status.RUNNING, Status.STOPPED, Status.FAILED, Status.PAUSE
 # Refusals to begin at all: a create that ends so, before there is a box, leaves no row.
 REFUSALS = (Invalid, Unavailable)
 REBOOTED = "the machine was restarted"
-LEFT_STARTING = "the server was restarted while the sandbox was being started: start it again"
+LEFT_STARTING = (
+    "the server was restarted, or failed, while the sandbox was being started: start it again"
+)
 
 log = logging.getLogger(__name__)
 
@@ -583,6 +585,8 @@ class Lifecycle:
                 return held, ready
             # A force-stop is about to take the lock: let it.
             held.release()
+            if time.monotonic() >= deadline:
+                raise Unavailable(self._busy(sandbox), retry_after=2, sandbox_id=sandbox.id)
             time.sleep(locks.LONGEST_PAUSE_S)
 
     def _ready(self, sandbox_id: str) -> Sandbox | None:
@@ -607,12 +611,13 @@ class Lifecycle:
         return locks.try_lock(self._locks, sandbox_id)
 
     def _lock(self, sandbox: Sandbox, *, patience: float) -> SandboxLock:
-        def busy() -> str:
-            now = self.get(sandbox.id).status
-            return f"sandbox {sandbox.slug!r} is busy ({now}): try again"
-
         self.registry.agree(self.settings.run_dir)
+        busy = partial(self._busy, sandbox)
         return locks.lock(self._locks, sandbox.id, patience=patience, busy=busy)
+
+    def _busy(self, sandbox: Sandbox) -> str:
+        now = self.get(sandbox.id).status
+        return f"sandbox {sandbox.slug!r} is busy ({now}): try again"
 
     def _cut_short(self, entry: Entry) -> None:
         # It is said again under the lock, and what fails there is reported.

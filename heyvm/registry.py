@@ -18,8 +18,8 @@ import sqlite3
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,9 +184,7 @@ class Registry:
     ) -> None:
         self.path = path
         self.clock = clock or Clock()
-        self._patience = patience
-        self._carried_over: list[object] = []
-        self._start_afresh()
+        self._file = _File(path, patience)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -194,7 +192,7 @@ class Registry:
         """The sandbox of this id or slug, as it is now; None if there is none (any more)."""
         if not ref.isascii():
             return None
-        rows = self._read(_BY_ID if slugs.is_id(ref) else _BY_SLUG, (ref,))
+        rows = self._file.read(_BY_ID if slugs.is_id(ref) else _BY_SLUG, (ref,))
         return self._sandbox(rows[0]) if rows else None
 
     def get(self, ref: str) -> Sandbox:
@@ -206,7 +204,7 @@ class Registry:
 
     def entry(self, sandbox_id: str) -> Entry:
         """The sandbox of this id with what its lifecycle looks at, or `NotFound`."""
-        rows = self._read(
+        rows = self._file.read(
             f"SELECT {_COLUMNS}, wanted, visit, boot_id FROM sandboxes"
             " WHERE id = ? AND deleted_at IS NULL",
             (sandbox_id,),
@@ -233,7 +231,7 @@ class Registry:
         if cursor is not None:
             where.append("(created_at, id) > (?, ?)")
             values.extend(self._read_cursor(cursor))
-        rows = self._read(
+        rows = self._file.read(
             f"SELECT {_COLUMNS} FROM sandboxes WHERE deleted_at IS NULL AND {' AND '.join(where)}"
             " ORDER BY created_at, id LIMIT ?",
             (*values, -1 if limit is None else limit + 1),
@@ -244,7 +242,7 @@ class Registry:
 
     def running(self) -> Sequence[Entry]:
         """Every sandbox that is said to run."""
-        rows = self._read(
+        rows = self._file.read(
             f"SELECT {_COLUMNS}, wanted, visit, boot_id FROM sandboxes"
             " WHERE deleted_at IS NULL AND status = 'running'"
         )
@@ -252,31 +250,31 @@ class Registry:
 
     def unsettled(self) -> Sequence[str]:
         """The ids of those that somebody is changing, or was when it died."""
-        return [row[0] for row in self._read(f"SELECT id FROM sandboxes WHERE {_UNSETTLED}")]
+        return [row[0] for row in self._file.read(f"SELECT id FROM sandboxes WHERE {_UNSETTLED}")]
 
     def known_ids(self) -> frozenset[str]:
         """The id of every sandbox that is not deleted."""
         return frozenset(
-            row[0] for row in self._read("SELECT id FROM sandboxes WHERE deleted_at IS NULL")
+            row[0] for row in self._file.read("SELECT id FROM sandboxes WHERE deleted_at IS NULL")
         )
 
     def id_bases(self) -> frozenset[int]:
         """The bases of every range of ids in use."""
-        rows = self._read(
+        rows = self._file.read(
             "SELECT id_base FROM sandboxes WHERE deleted_at IS NULL AND id_base IS NOT NULL"
         )
         return frozenset(row[0] for row in rows)
 
     def changes(self) -> int:
         """A number that moves when another connection has changed anything (costs 5 µs)."""
-        return int(self._read("PRAGMA data_version")[0][0])
+        return int(self._file.read("PRAGMA data_version")[0][0])
 
     def replay(self, key: IdempotencyKey) -> str | None:
         """The id of the sandbox that `key` made, if it made one within the last day.
 
         `Conflict` if it came with another body, or the sandbox is gone.
         """
-        rows = self._read(*self._key_query(key))
+        rows = self._file.read(*self._key_query(key))
         return self._replayed(rows, key) if rows else None
 
     # -- writing ---------------------------------------------------------------------------------
@@ -303,7 +301,7 @@ class Registry:
                 self._insert_key(connection, key, sandbox.id)
             return self._sandbox(_one(connection, _BY_ID, sandbox.id)), False
 
-        return self._write(work)
+        return self._file.write(work)
 
     def remove(self, sandbox_id: str) -> None:
         """Forget a sandbox of which nothing was ever made, and its idempotency key."""
@@ -312,7 +310,7 @@ class Registry:
             connection.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
             connection.execute("DELETE FROM idempotency WHERE sandbox_id = ?", (sandbox_id,))
 
-        self._write(work, vital=True)
+        self._file.write(work, vital=True)
 
     def claim(
         self, sandbox_id: str, *, expect: frozenset[Status], become: Status
@@ -409,14 +407,14 @@ class Registry:
             " AND deleted_at IS NULL"
         )
         times = self._times()
-        if not self._read(f"SELECT 1 FROM sandboxes WHERE {due} LIMIT 1", times):
+        if not self._file.read(f"SELECT 1 FROM sandboxes WHERE {due} LIMIT 1", times):
             return []
         update = (
             "UPDATE sandboxes SET wanted = 'expired', deleted_reason = 'expired',"
             f" status = 'stopping', status_changed_at = :now, {_CLOCK_STOPS} WHERE {due}"
             " RETURNING id"
         )
-        return self._write(
+        return self._file.write(
             lambda connection: [row[0] for row in connection.execute(update, times).fetchall()],
             vital=True,
         )
@@ -453,7 +451,7 @@ class Registry:
             connection.execute(_amendment(renew), _user_columns(after) | self._times())
             return self._sandbox(_one(connection, _BY_ID, sandbox_id))
 
-        amended = self._write(work)
+        amended = self._file.write(work)
         if amended is None:
             raise NotFound(self._why_not(sandbox_id))
         return amended
@@ -466,10 +464,10 @@ class Registry:
         """
         if self._run_dir_rows() == [(str(run_dir),)]:
             return
-        self._write(lambda connection: self._move_to(connection, str(run_dir)))
+        self._file.write(lambda connection: self._move_to(connection, str(run_dir)))
 
     def _run_dir_rows(self) -> list[Row]:
-        return self._read("SELECT value FROM meta WHERE key = 'run-dir'")
+        return self._file.read("SELECT value FROM meta WHERE key = 'run-dir'")
 
     def _move_to(self, connection: sqlite3.Connection, run_dir: str) -> None:
         rows = connection.execute("SELECT value FROM meta WHERE key = 'run-dir'").fetchall()
@@ -497,38 +495,23 @@ class Registry:
             )
             connection.execute("DELETE FROM idempotency WHERE created_at < ?", (now - KEPT_KEYS_S,))
 
-        self._write(work)
+        self._file.write(work)
 
     def checkpoint(self) -> None:
         """Move what can be moved from the WAL into the file, so that no request has to."""
-        self._patiently(
-            self._deadline(),
-            lambda: self._writer().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall(),
-        )
+        self._file.checkpoint()
 
     def keep_ballast(self) -> None:
         """Hold some disk that the vital writes may have when there is no other."""
-        path = self._ballast_path()
-        if path.exists():
-            return
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, BALLAST_BYTES)
-        except OSError:
-            path.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+        self._file.keep_ballast()
 
     def open(self) -> None:
         """Open and migrate now, so that `Misconfigured` is raised at start."""
-        self.changes()
-        self._writer()
+        self._file.open()
 
     def close(self) -> None:
         """Close what this process opened."""
-        for connection in self._connections().values():
-            connection.close()
-        self._open.clear()
+        self._file.close()
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -572,7 +555,7 @@ class Registry:
     def _why_not(self, ref: str) -> str:
         where = "id = ?" if slugs.is_id(ref) else "slug = ? AND deleted_at IS NOT NULL"
         rows = (
-            self._read(
+            self._file.read(
                 "SELECT wanted, deleted_at, deleted_reason, ttl_seconds, status_changed_at"
                 f" FROM sandboxes WHERE {where} ORDER BY deleted_at DESC LIMIT 1",
                 (ref,),
@@ -690,7 +673,7 @@ class Registry:
             ) from error
 
     def _seal(self, position: bytes) -> bytes:
-        key = self._read("SELECT value FROM meta WHERE key = 'cursor-key'")[0][0]
+        key = self._file.read("SELECT value FROM meta WHERE key = 'cursor-key'")[0][0]
         return hmac.digest(key, position, hashlib.sha256)[:8]
 
     # -- the machinery ---------------------------------------------------------------------------
@@ -717,12 +700,32 @@ class Registry:
             f" WHERE id = :id AND deleted_at IS NULL AND {condition} RETURNING {_COLUMNS}"
         )
         bound = {"id": sandbox_id} | self._times() | dict(values or {})
-        rows = self._write(
+        rows = self._file.write(
             lambda connection: connection.execute(update, bound).fetchall(), vital=vital
         )
         return self._sandbox(rows[0]) if rows else None
 
-    def _read(self, query: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[Row]:
+
+class _File:
+    """SQLite's side of a registry: connections, patience, transactions, migrations, full disks."""
+
+    def __init__(self, path: Path, patience: float) -> None:
+        self.path = path
+        self._patience = patience
+        self._ballast = path.with_name(path.name + ".ballast")
+        self._carried_over: list[object] = []
+        self._start_afresh()
+
+    def open(self) -> None:
+        self.read("PRAGMA data_version")
+        self._writer()
+
+    def close(self) -> None:
+        for connection in self._connections().values():
+            connection.close()
+        self._open.clear()
+
+    def read(self, query: str, values: Sequence[object] | Mapping[str, object] = ()) -> list[Row]:
         deadline = self._deadline()
 
         def act() -> list[Row]:
@@ -732,7 +735,7 @@ class Registry:
 
         return self._patiently(deadline, act)
 
-    def _write(self, work: Callable[[sqlite3.Connection], T], *, vital: bool = False) -> T:
+    def write(self, work: Callable[[sqlite3.Connection], T], *, vital: bool = False) -> T:
         """Run `work` in one transaction. It must not do I/O of its own, nor sleep.
 
         `vital`: what frees disk or says the truth about a sandbox may have the ballast.
@@ -744,23 +747,47 @@ class Registry:
                 raise
         return self._transact(work)
 
+    def checkpoint(self) -> None:
+        with self._turn():
+            self._patiently(
+                self._deadline(),
+                lambda: self._writer().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall(),
+            )
+
+    def keep_ballast(self) -> None:
+        if self._ballast.exists():
+            return
+        descriptor = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, BALLAST_BYTES)
+        except OSError:
+            self._ballast.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         deadline = self._deadline()
-        if not self._write_lock.acquire(timeout=self._patience):
-            raise Unavailable("the registry is busy: try again")
-        try:
+        with self._turn():
             connection = self._writer()
             try:
                 self._patiently(deadline, lambda: connection.execute("BEGIN IMMEDIATE"))
                 result = work(connection)
                 self._patiently(deadline, lambda: connection.execute("COMMIT"))
                 return result
+            except sqlite3.Error as error:
+                raise self._translated(error) from error
             finally:
                 if connection.in_transaction:
                     with suppress(sqlite3.Error):
                         connection.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The one writing connection is for one at a time."""
+        if not self._write_lock.acquire(timeout=self._patience):
+            raise Unavailable("the registry is busy: try again")
+        try:
+            yield
         finally:
             self._write_lock.release()
 
@@ -864,12 +891,9 @@ class Registry:
                 )
         return error
 
-    def _ballast_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".ballast")
-
     def _drop_ballast(self) -> bool:
         try:
-            self._ballast_path().unlink()
+            self._ballast.unlink()
         except FileNotFoundError:
             return False
         return True

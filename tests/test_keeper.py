@@ -223,7 +223,7 @@ def test_a_create_that_was_killed_is_failed_and_nothing_of_it_runs(
         assert has_settled(lifecycle, only(lifecycle), Status.FAILED)
 
     sandbox = lifecycle.get("one")
-    assert "the server was restarted while" in (sandbox.error_message or "")
+    assert "while the sandbox was being started" in (sandbox.error_message or "")
     assert not backend.is_up(sandbox.id)
     assert lifecycle.start("one").status is Status.RUNNING
 

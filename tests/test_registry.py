@@ -656,11 +656,11 @@ def test_a_writer_that_never_ends_makes_the_others_give_up_in_time(path: Path) -
 def test_a_registry_may_be_used_on_both_sides_of_a_fork(path: Path) -> None:
     registry = Registry(path)
     sandbox = running(registry)
-    inherited = {id(one) for one in registry._connections().values()}
+    inherited = {id(one) for one in registry._file._connections().values()}
 
     child = os.fork()
     if child == 0:
-        fresh = not inherited & {id(one) for one in registry._connections().values()}
+        fresh = not inherited & {id(one) for one in registry._file._connections().values()}
         done = registry.amend(sandbox.id, lambda one: replace(one, name="child")).name == "child"
         os._exit(0 if fresh and done else 1)
     _, status = os.waitpid(child, 0)
@@ -741,7 +741,7 @@ def no_switch_inside(registry: Registry) -> Iterator[list[str]]:
     seen: list[str] = []
 
     def trace(event: str, _: object) -> None:
-        writer = registry._open.get("writer")
+        writer = registry._file._open.get("writer")
         if event == "switch" and writer is not None and writer.in_transaction:
             seen.append(event)
 
