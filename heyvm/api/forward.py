@@ -19,8 +19,8 @@ from heyvm.api.bodies import stream
 from heyvm.api.limits import FORWARD_BYTES, FORWARD_S
 from heyvm.api.parts import settings
 from heyvm.api.paths import check_path
-from heyvm.api.problems import GatewayTimeout
-from heyvm.errors import BackendFailed, NotFound
+from heyvm.api.problems import BadGateway, GatewayTimeout
+from heyvm.errors import NotFound
 
 blp = Blueprint("auth_forward", __name__)
 
@@ -79,8 +79,8 @@ def forwarded(url: str) -> Response:
         raise unreachable(error) from None
 
 
-def unreachable(error: HTTPError) -> BackendFailed:
-    return BackendFailed(f"AUTH_SERVER_URL cannot be reached: {type(error).__name__}")
+def unreachable(error: HTTPError) -> BadGateway:
+    return BadGateway(f"AUTH_SERVER_URL cannot be reached: {type(error).__name__}")
 
 
 def answer_of(url: str, body: bytes) -> Response:
@@ -111,7 +111,7 @@ def bounded(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
     while piece := answer.read(PIECE_BYTES):
         seen += len(piece)
         if seen > FORWARD_BYTES:
-            raise BackendFailed(f"AUTH_SERVER_URL answered more than {FORWARD_BYTES} bytes")
+            raise BadGateway(f"AUTH_SERVER_URL answered more than {FORWARD_BYTES} bytes")
         yield piece
 
 

@@ -61,11 +61,16 @@ PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
 BY_STATUS = {kind.status: kind for kind in reversed(list(PROBLEMS.values()))}
 
 
+class BadGateway(errors.HeyvmError):
+    """The server that a request was forwarded to failed. Raised by forward.py."""
+
+
 class GatewayTimeout(errors.HeyvmError):
     """The server that a request was forwarded to did not answer in time. Raised by forward.py."""
 
 
 FORWARDING: Mapping[type[errors.HeyvmError], Kind] = {
+    BadGateway: Kind(502, "bad-gateway", "The server behind failed"),
     GatewayTimeout: Kind(504, "gateway-timeout", "The server behind did not answer in time"),
 }
 
