@@ -30,6 +30,7 @@ from heyvm.registry import Entry, Registry
 from heyvm.settings import Settings, from_env
 
 TICK_S = 0.25
+POLL_S = 0.5  # one look costs 25 µs for each sandbox that runs
 WATCH_S = 0.5
 FAILED_REST_S = 10.0
 SWEEP_S = 2.0
@@ -59,7 +60,7 @@ class Keeper:
         self._rounds = (
             _Round(0.0, self._expire),
             _Round(0.0, self._attend_unsettled),
-            _Round(0.0, self._attend_dead),
+            _Round(POLL_S, self._attend_dead),
             _Round(SWEEP_S, self._sweep_strays),
             _Round(FULL_SWEEP_S, self._sweep_all),
             _Round(CHORES_S, self._tidy_registry),
@@ -112,9 +113,8 @@ class Keeper:
         self._works.begin(sandbox_id, lambda: self._lifecycle.attend(sandbox_id))
 
     def _sweep_strays(self) -> None:
-        for name, backend in self._lifecycle.backends.items():
-            there = backend.inventory()
-            if there - self._registry.known_ids():
+        for name in self._lifecycle.backends:
+            if self._strays(name):
                 self._sweep(name)
 
     def _sweep_all(self) -> None:
@@ -125,11 +125,16 @@ class Keeper:
         self._works.begin(f"sweep {name}", lambda: self._sweep_now(name))
 
     def _sweep_now(self, name: str) -> None:
-        backend = self._lifecycle.backends[name]
-        backend.inventory()
-        removed = backend.sweep(self._registry.known_ids())
-        if removed:
-            self._say(f"removed left-overs of {', '.join(removed)}")
+        strays = self._strays(name)
+        self._lifecycle.backends[name].sweep(strays)
+        if strays:
+            self._say(f"removed left-overs of {', '.join(sorted(strays))}")
+
+    def _strays(self, name: str) -> frozenset[str]:
+        there = self._lifecycle.backends[name].inventory()
+        # Only now: a row is written before there is anything of its sandbox, so what was there a
+        # moment ago and has no row is nobody's.
+        return there - self._registry.known_ids()
 
     def _tidy_registry(self) -> None:
         self._registry.purge()

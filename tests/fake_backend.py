@@ -101,11 +101,9 @@ class FileBackend(Backend):
             return frozenset()
         return frozenset(name for name in os.listdir(self.root) if name.startswith("sb-"))
 
-    def sweep(self, known: frozenset[str]) -> list[str]:
-        strays = sorted(self.inventory() - known)
+    def sweep(self, strays: frozenset[str]) -> None:
         for name in strays:
             shutil.rmtree(self.root / name)
-        return strays
 
     def is_up(self, sandbox_id: str) -> bool:
         return self._box(sandbox_id, False).exists()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -61,6 +62,27 @@ def test_sockets_fifos_and_odd_names_are_removed(tmp_path):
 
 def test_a_missing_one_is_fine(tmp_path):
     trees.remove(str(tmp_path / "nothing"))
+
+
+def test_several_may_remove_the_same_one(tmp_path):
+    top = tmp_path / "top"
+    for number in range(200):
+        (top / f"{number}" / "a" / "b").mkdir(parents=True)
+    failures = []
+
+    def remove():
+        try:
+            trees.remove(str(top))
+            assert not top.exists()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=remove) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="drops root's rights to show an ordinary user's")

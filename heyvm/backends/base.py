@@ -1,4 +1,4 @@
-"""The contract between the domain and a way of running sandboxes. Knows no HTTP, SQL, slug or TTL."""
+"""The contract between the domain and a way of running sandboxes. Knows no HTTP, SQL or slug."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Backend(ABC):
         """Raise `Invalid` where this mount may not be, for what its host directory is now."""
         raise Unsupported(f"backend {self.name} cannot mount directories of the host")
 
-    def warm(self) -> None:
+    def warm(self) -> None:  # noqa: B027 - there may be nothing to do
         """Do now what the first start would otherwise wait for."""
 
     def change_mounts(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
@@ -78,11 +78,10 @@ class Backend(ABC):
         raise Unsupported(f"backend {self.name} cannot change the mounts of a running sandbox")
 
     @abstractmethod
-    def sweep(self, known: frozenset[str]) -> list[str]:
-        """Remove what belongs to no sandbox of `known` (ids): left-overs of a crash. Their names.
+    def sweep(self, strays: frozenset[str]) -> None:
+        """Remove every trace of these ids, which belong to no sandbox: left-overs of a crash.
 
-        Called by the keeper only, with the ids of every row that is not deleted, read *after*
-        `inventory()`: a sandbox made meanwhile is in both or in neither.
+        Called by the keeper only. What was being removed when somebody died is removed as well.
         """
 
     @abstractmethod

@@ -146,8 +146,8 @@ class Bubblewrap(Backend):
         spec = self._specification(sandbox, visit)
         with self.launcher.ask(spec) as words:
             try:
-                words.expect(b"L", START_TIMEOUT_S)
-                return self._meet(sandbox, spec, record, words)
+                (first,) = words.expect(b"L", START_TIMEOUT_S)
+                return self._meet(sandbox, spec, socket.socket(fileno=first), record, words)
             except BaseException:
                 self._kill_untold(sandbox, spec)
                 raise
@@ -190,30 +190,24 @@ class Bubblewrap(Backend):
         self,
         sandbox: Sandbox,
         spec: dict[str, Any],
+        first: socket.socket,
         record: Callable[[State], None],
         words: Words,
     ) -> socket.socket:
-        """Connect, hear the hello, learn from the kernel who said it, have it written down."""
-        path = os.path.join(spec["socket_dir"], spec["socket_name"])
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        """Hear the hello, learn from the kernel who said it, have it written down."""
         try:
-            sock.settimeout(START_TIMEOUT_S)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            sock.connect(path)
-            agent = sender(sock)
-            guest.greet(sock, START_TIMEOUT_S)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-            record(note_of(agent, path))
-            return sock
-        except HeyvmError:
-            sock.close()
-            raise
+            first.settimeout(START_TIMEOUT_S)
+            agent = sender(first)
+            guest.greet(first, START_TIMEOUT_S)
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            record(note_of(agent, os.path.join(spec["socket_dir"], spec["socket_name"])))
+            return first
         except OSError as error:
-            sock.close()
+            first.close()
             complaint = words.rest() or str(error)
             raise BackendFailed(f"sandbox {sandbox.slug!r} did not start: {complaint}") from None
         except BaseException:
-            sock.close()
+            first.close()
             raise
 
     def _kill_untold(self, sandbox: Sandbox, spec: dict[str, Any]) -> None:
@@ -277,9 +271,13 @@ class Bubblewrap(Backend):
         return pids.Process(state["pid"], state["start"])
 
     def _kill(self, sandbox: Sandbox, agent: pids.Process | None) -> None:
-        found = [] if agent is None else [agent]
-        if "outer" in sandbox.state and agent is not None:
-            found.append(pids.Process(*sandbox.state["outer"]))
+        if agent is None or not agent.alive():
+            # Its note may be of an earlier box: whoever started this one died before writing.
+            found = self._boxes().get(sandbox.id, [])
+        else:
+            found = [agent]
+            if "outer" in sandbox.state:
+                found.append(pids.Process(*sandbox.state["outer"]))
         left = pids.kill_and_wait(found, KILL_TIMEOUT_S)
         if left:
             numbers = ", ".join(str(one.pid) for one in left)
@@ -335,16 +333,14 @@ class Bubblewrap(Backend):
                 names |= {found.group() for name in os.listdir(place) if (found := ID.match(name))}
         return frozenset(names)
 
-    def sweep(self, known: frozenset[str]) -> list[str]:
+    def sweep(self, strays: frozenset[str]) -> None:
         boxes = self._boxes()
-        unknown = sorted(self.inventory() - known)
-        for name in unknown:
+        for name in strays:
             pids.kill_and_wait(boxes.get(name, []), KILL_TIMEOUT_S)
             self._erase(name)
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.trash):
                 trees.remove(str(self.trash / name))
-        return unknown
 
     def _title(self, sandbox_id: str) -> str:
         return f"heyvm:{self.mark}:{sandbox_id}"
@@ -398,19 +394,12 @@ class Launcher:
     @contextlib.contextmanager
     def ask(self, spec: dict[str, Any]) -> Iterator[Words]:
         """Send a request; what is yielded reads the answer."""
-        reader, writer = os.pipe()
-        try:
-            self._send(json.dumps(spec).encode(), writer)
-        except BaseException:
-            os.close(reader)
-            raise
-        finally:
-            os.close(writer)
-        words = Words(reader)
-        try:
-            yield words
-        finally:
-            words.close()
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                theirs.setblocking(True)  # for what it is there; gevent makes both otherwise
+                self._send(json.dumps(spec).encode(), theirs.fileno())
+            yield Words(ours)
 
     def _send(self, request: bytes, descriptor: int) -> None:
         with self._lock:
@@ -451,25 +440,23 @@ class Launcher:
 
 
 class Words:
-    """The answer of a launcher, byte by byte as it comes; not one of them is from a sandbox until
-    the agent runs, and from then on all may be."""
+    """The answer of a launcher. What comes after its first byte may be the sandbox's."""
 
     LIMIT = 4096
 
-    def __init__(self, descriptor: int) -> None:
-        # A socket's timeouts are kept under gevent; a pipe's would have to be written here.
-        os.set_blocking(descriptor, False)
-        self._descriptor = descriptor
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
 
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def expect(self, word: bytes, timeout: float) -> None:
-        """Wait for `word`. Raises what the launcher says instead."""
-        said = self._read(timeout, 1)
+    def expect(self, word: bytes, timeout: float) -> list[int]:
+        """Wait for `word`; the descriptors that came with it. Raises what is said instead."""
+        self._sock.settimeout(timeout)
+        try:
+            said, descriptors, _, _ = socket.recv_fds(self._sock, 1, 1)
+        except OSError as error:
+            raise BackendFailed(f"the launcher does not answer: {error}") from None
         if said == word:
-            return
-        text = (said + self._read(1.0, self.LIMIT)).decode("utf-8", "replace")
+            return descriptors
+        text = (said + self._rest()).decode("utf-8", "replace")
         if text.startswith("R"):
             raise Invalid(text[1:], errors={"mounts": [text[1:]]})
         if text.startswith("E"):
@@ -481,21 +468,18 @@ class Words:
 
     def rest(self) -> str:
         """What bubblewrap complained of."""
-        return self._read(1.0, self.LIMIT).decode("utf-8", "replace").strip()
+        return self._rest().decode("utf-8", "replace").strip()
 
-    def _read(self, timeout: float, limit: int) -> bytes:
-        """Up to `limit` bytes, until the end of the file or of our patience."""
-        import select
-
-        data, end = b"", time.monotonic() + timeout
-        while len(data) < limit:
-            ready, _, _ = select.select([self._descriptor], [], [], max(0, end - time.monotonic()))
-            if not ready:
-                break
-            part = os.read(self._descriptor, limit - len(data))
-            if not part:
-                break
-            data += part
+    def _rest(self) -> bytes:
+        """What comes until the end of the file, or of our patience."""
+        data, end = b"", time.monotonic() + 1.0
+        with contextlib.suppress(OSError):
+            while len(data) < self.LIMIT:
+                self._sock.settimeout(max(0.001, end - time.monotonic()))
+                part = self._sock.recv(self.LIMIT)
+                if not part:
+                    break
+                data += part
         return data
 
 

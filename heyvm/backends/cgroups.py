@@ -1,6 +1,6 @@
 """The cgroup of sandboxes: one of our own, beside and never below the server's.
 
-systemd stops a unit by its cgroup, whatever sessions its processes made; so no sandbox may be in it.
+systemd stops a unit by its cgroup, whatever sessions its processes made: no sandbox may be in it.
 """
 
 from __future__ import annotations

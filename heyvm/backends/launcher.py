@@ -1,12 +1,13 @@
 """The process that starts boxes: one small interpreter per worker, asked over a socket.
 
-Run as `python -I -S -B launcher.py FD CGROUP...` and stands alone: no import of the server, none of its
-environment, descriptors or memory. Each request is served by a fork of it, which is single-threaded
+Run as `python -I -S -B launcher.py FD CGROUP...` and stands alone: no import of the server, none of
+its environment, descriptors or memory. Each request is served by a fork of it, which is single-threaded
 and holds nothing else: 1 ms where a fresh interpreter takes 10. A box's parent is this process or
 init, never a worker, so no box notices that a worker came or went.
 
-A request is one datagram: JSON, with the write end of a pipe attached. Written there: `L` once the
-agent's socket listens, then whatever bubblewrap or the agent complain of; or `E` and a reason.
+A request is one datagram: JSON, with a stream socket attached for the answer: `L` and a connection
+to the agent once its socket listens, then whatever bubblewrap or the agent complain of; `D` where
+something else was done; or `R` (the user's doing) or `E` (an errno) and a reason.
 """
 
 import array
@@ -318,7 +319,11 @@ def loopback_up():
 
 def listen(directory, name):
     """The agent's socket, made in the sandbox's network namespace: its ioctls tell nothing of the
-    host's interfaces. Renamed into place, since a left-over file would be EADDRINUSE."""
+    host's interfaces. Renamed into place, since a left-over file would be EADDRINUSE.
+
+    With it a first connection, for the worker: should that die, at whatever moment, the agent finds
+    this one ended, and ends.
+    """
     os.fchdir(directory)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -330,9 +335,13 @@ def listen(directory, name):
     os.umask(old)
     sock.listen(1024)
     os.rename(name + ".new", name)
+    first = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Whoever reads from it learns from the kernel who wrote.
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    first.connect(name)
     os.chdir("/")
     os.set_inheritable(sock.fileno(), True)
-    return sock
+    return sock, first
 
 
 def join_cgroups(paths):
@@ -409,7 +418,7 @@ def start_box(spec, say):
         os.close(namespace)
     unshare(CLONE_NEWNET, "network")
     loopback_up()
-    agent = listen(sockets, spec["socket_name"])
+    agent, first = listen(sockets, spec["socket_name"])
     os.close(sockets)
     if own is not None:
         become_root_inside()
@@ -421,13 +430,13 @@ def start_box(spec, say):
     for descriptor in (seccomp, status):
         os.set_inheritable(descriptor, True)
     arguments = bubblewrap_arguments(spec, seccomp, status, agent.fileno())
+    socket.send_fds(socket.socket(fileno=say), [b"L"], [first.fileno()])
     settle_process(say, {seccomp, status, agent.fileno()})
-    os.write(2, b"L")
     os.execve(spec["bwrap"], arguments, {})
 
 
 def settle_process(say, keep):
-    """Our stderr is the pipe; nothing else but `keep` goes on to bubblewrap."""
+    """Our stderr is the answer's socket; nothing else but `keep` goes on to bubblewrap."""
     null = os.open("/dev/null", os.O_RDWR)
     for number, source in ((0, null), (1, null), (2, say)):
         os.dup2(source, number)
@@ -503,7 +512,7 @@ def serve(spec, say):
 
 
 def receive(sock):
-    """The next request and its pipe, or None when the worker is gone."""
+    """The next request and where to answer, or None when the worker is gone."""
     size = array.array("i").itemsize
     while True:
         try:

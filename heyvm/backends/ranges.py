@@ -1,4 +1,4 @@
-"""Blocks of user and group ids that belong to the sandboxes of one data directory, and to nobody else.
+"""Blocks of user and group ids that belong to the sandboxes of one data directory and nobody else.
 
 Reserved by lines of their own in /etc/subuid and /etc/subgid: an ordinary user whose sub-ids
 overlapped them could act on a sandbox's processes and files from outside.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import time
@@ -12,7 +14,8 @@ PAUSE_EVERY = 256  # entries; a pause lets a worker's other greenlets run
 
 
 def remove(path: str) -> None:
-    """Delete `path` and all below it. Nothing may run in it any more; a missing one is fine.
+    """Delete `path` and all below it. Nothing may run in it any more; a missing one is fine, and so
+    are several that remove the same one: each returns when it is gone.
 
     Directories are moved up to the top before they are emptied: constant depth and path length
     whatever is found, for one rename each.
@@ -22,10 +25,22 @@ def remove(path: str) -> None:
     except FileNotFoundError:
         return
     try:
+        _take_turn(top)
         _empty(top)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
     finally:
         os.close(top)
-    os.rmdir(path)
+
+
+def _take_turn(top: int) -> None:
+    """Not by waiting in the kernel, which would hold up a worker's other greenlets."""
+    while True:
+        try:
+            fcntl.flock(top, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.005)
 
 
 def _empty(top: int) -> None:
