@@ -33,8 +33,7 @@ TICK_S = 0.25
 POLL_S = 0.5  # one look costs 25 µs for each sandbox that runs
 WATCH_S = 0.5
 FAILED_REST_S = 10.0
-SWEEP_S = 2.0
-FULL_SWEEP_S = 30.0
+SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
 CHORES_S = 10.0
 LONGEST_REST_S = 30.0
 AT_ONCE = 32
@@ -61,8 +60,7 @@ class Keeper:
             _Round(0.0, self._expire),
             _Round(0.0, self._attend_unsettled),
             _Round(POLL_S, self._attend_dead),
-            _Round(SWEEP_S, self._sweep_strays),
-            _Round(FULL_SWEEP_S, self._sweep_all),
+            _Round(SWEEP_S, self._sweep),
             _Round(CHORES_S, self._tidy_registry),
         )
 
@@ -112,17 +110,9 @@ class Keeper:
     def _attend(self, sandbox_id: str) -> None:
         self._works.begin(sandbox_id, lambda: self._lifecycle.attend(sandbox_id))
 
-    def _sweep_strays(self) -> None:
+    def _sweep(self) -> None:
         for name in self._lifecycle.backends:
-            if self._strays(name):
-                self._sweep(name)
-
-    def _sweep_all(self) -> None:
-        for name in self._lifecycle.backends:
-            self._sweep(name)
-
-    def _sweep(self, name: str) -> None:
-        self._works.begin(f"sweep {name}", lambda: self._sweep_now(name))
+            self._works.begin(f"sweep {name}", partial(self._sweep_now, name))
 
     def _sweep_now(self, name: str) -> None:
         strays = self._strays(name)
