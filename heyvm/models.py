@@ -125,7 +125,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Download:
-    """A file (or a tar) on its way out. `size` is None for a tar. Close `chunks` when done early."""
+    """A file or a tar on its way out. `size` is None for a tar. Close `chunks` when done early."""
 
     info: FileInfo
     size: int | None

@@ -1,4 +1,4 @@
-"""Directories of the host in a sandbox: listed, added, removed. What may be is the backend's to say."""
+"""Directories of the host in a sandbox. Which may be shown is the backend's to say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Mounts:
         return self.lifecycle.get(ref).mounts
 
     def add(self, ref: str, mount: Mount) -> Mount:
-        """Show it; with `pending` where only the next start can. `Conflict` if the path is taken."""
+        """Show it; `pending` where only the next start can. `Conflict` if the path is taken."""
         with self.lifecycle.turn(ref) as sandbox:
             self.lifecycle.backend_of(sandbox).check_mount(mount)
             # First as pending: a server that dies now leaves one that the next start makes true.
@@ -70,7 +70,7 @@ def adding(mount: Mount) -> Callable[[Sandbox], Sandbox]:
     def change(sandbox: Sandbox) -> Sandbox:
         if any(one.sandbox_path == mount.sandbox_path for one in sandbox.mounts):
             raise Conflict(
-                f"sandbox {sandbox.slug!r} has a mount at {mount.sandbox_path} already: remove it first"
+                f"sandbox {sandbox.slug!r} has a mount at {mount.sandbox_path}: remove it first"
             )
         return replace(sandbox, mounts=(*sandbox.mounts, mount))
 

@@ -154,9 +154,7 @@ def _count(environ: Mapping[str, str], name: str) -> int | None:
 
 
 def _notices(environ: Mapping[str, str], secret: str | None) -> list[str]:
-    lines = [
-        f"{name} is set, but {why}" for name, why in NOT_YET.items() if environ.get(name)
-    ]
+    lines = [f"{name} is set, but {why}" for name, why in NOT_YET.items() if environ.get(name)]
     known = {setting.name for setting in KNOWN} | {"HEYVM_DEBUG", "HEYVM_DEV"} | INTERNAL
     for name in sorted(environ):
         if name.startswith("HEYVM_") and name not in known:

@@ -1,4 +1,4 @@
-"""What code in a sandbox sees, and what it must not be able to do: tried from inside, by the API."""
+"""What code in a sandbox sees, and what it must not be able to do: tried from inside."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import pytest
 from heyvm.backends import ranges
 from tests.server import ORDINARY, Server, all_pids, read_bytes, wait_until
 
-# A caller's own arguments reach the kernel from Python's standard library, in any image that has it.
+# System calls by hand.
 CALL = "import ctypes,os,sys;c=ctypes.CDLL(None,use_errno=True)\n"
 
 
@@ -80,7 +80,8 @@ def uids(pid):
 
 def test_the_surroundings_are_as_documented(box):
     lines = box.run(
-        "echo $HOME; echo $PATH; echo $LANG; hostname; id -un; pwd; ls -d /workspace; stat -c %a /tmp /dev/shm;"
+        "echo $HOME; echo $PATH; echo $LANG; hostname; id -un; pwd; ls -d /workspace;"
+        "stat -c %a /tmp /dev/shm;"
         "getent hosts localhost | head -1; cat /etc/hostname"
     )["stdout"].split("\n")
     slug = box.record["slug"]
@@ -144,7 +145,7 @@ def test_other_sandboxes_processes_are_not_seen(box, sandbox, http):
 
 def test_only_loopback_is_there(box):
     assert box.run("cut -d: -f1 /proc/net/dev | tail -n +3")["stdout"].split() == ["lo"]
-    alone = box.run("bash -c 'echo > /dev/tcp/127.0.0.1/%s'" % 22)
+    alone = box.run("bash -c 'echo > /dev/tcp/127.0.0.1/22'")
     assert "refused" in alone["stderr"]
 
 
@@ -152,7 +153,8 @@ def test_a_server_inside_is_reached_inside(box):
     line = (
         "cd /tmp; echo hello > x; python3 -m http.server 8080 --bind 127.0.0.1 >/dev/null 2>&1 & "
         "for i in $(seq 100); do "
-        "python3 -c \"import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/x').read())\" "
+        'python3 -c "import urllib.request as u;'
+        " print(u.urlopen('http://127.0.0.1:8080/x').read())\" "
         "2>/dev/null && exit; done; exit 1"
     )
     assert "hello" in box.run(line, timeout_seconds=30)["stdout"]

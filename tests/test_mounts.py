@@ -221,6 +221,13 @@ def test_one_of_create_is_removed_and_stays_away(http, sandbox, shared, run):
     assert run(ref, "ls /data/file")["exit_code"] != 0
 
 
+@ROOT
+def test_one_that_nobody_inside_may_enter_is_removed_too(http, sandbox, shared):
+    path = shared(0, mode=0o700)
+    ref = sandbox(mounts=[mount(path, read_only=True)])["id"]
+    assert http.delete(f"/sandboxes/{ref}/mounts/data").status_code == 204
+
+
 def test_one_that_was_added_comes_back_with_a_restart(http, sandbox, shared, run):
     path = shared()
     ref = sandbox()["id"]

@@ -95,7 +95,10 @@ def test_an_ordinary_user_removes_what_was_made_unreadable(tmp_path):
     subprocess.run(["chown", "-R", "12345:12345", tmp_path], check=True)
     for parent in list(tmp_path.parents)[:3]:
         parent.chmod(0o755)
-    program = "import os,sys; os.setresuid(12345,12345,12345); from heyvm.backends import trees; trees.remove(sys.argv[1])"
+    program = (
+        "import os,sys; os.setresuid(12345,12345,12345);"
+        "from heyvm.backends import trees; trees.remove(sys.argv[1])"
+    )
     root = os.path.dirname(os.path.dirname(__file__))
     done = subprocess.run(
         [sys.executable, "-c", program, str(top)], cwd=root, capture_output=True, text=True

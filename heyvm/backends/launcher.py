@@ -1,14 +1,16 @@
 """The process that starts boxes: one small interpreter per worker, asked over a socket.
 
-Run as `python -I -S -B launcher.py FD CGROUP...` and stands alone: no import of the server, none of
-its environment, descriptors or memory. Each request is served by a fork of it, which is single-threaded
-and holds nothing else: 1 ms where a fresh interpreter takes 10. A box's parent is this process or
+Run as `python -I -S -B launcher.py FD CGROUP...`. It stands alone: no import of the server, none of
+its environment, descriptors or memory. Each request is served by a fork of it (it is single-threaded
+and holds nothing else): 1 ms where a fresh interpreter takes 10. A box's parent is this process or
 init, never a worker, so no box notices that a worker came or went.
 
 A request is one datagram: JSON, with a stream socket attached for the answer: `L` and a connection
 to the agent once its socket listens, then whatever bubblewrap or the agent complain of; `D` where
 something else was done; or `R` (the user's doing) or `E` (an errno) and a reason.
 """
+
+from __future__ import annotations
 
 import array
 import contextlib
@@ -23,12 +25,13 @@ import socket
 import stat
 import struct
 import sys
+from typing import Any
 
 REQUEST_BYTES = 1 << 20
 AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
-MNT_DETACH = 0x2
+MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
@@ -43,40 +46,46 @@ IDS = 65536
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+Spec = dict[str, Any]
+
+
 class Refused(Exception):
     """Something about the sandbox's own files or mounts: the text is for the user."""
 
 
-def checked(result, what):
+def checked(result: int, what: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
 
-def unshare(flags, what):
+def unshare(flags: int, what: str) -> None:
     checked(libc.unshare(flags), f"unshare {what}")
 
 
-def mount(source, target, kind, flags=0, options=None):
-    encode = lambda text: None if text is None else os.fsencode(text)  # noqa: E731
-    arguments = encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(options)
-    checked(libc.mount(*arguments), f"mount {kind or source} on {target}")
+def mount(
+    source: str | None, target: str, kind: str | None, flags: int = 0, options: str | None = None
+) -> None:
+    words = (None if one is None else os.fsencode(one) for one in (source, target, kind, options))
+    first, second, third, last = words
+    call = libc.mount(first, second, third, ctypes.c_ulong(flags), last)
+    checked(call, f"mount {kind or source} on {target}")
 
 
-def clone(path):
+def clone(path: str) -> int:
     """A detached copy of the mount at `path` (open_tree(2)): nothing sees it until it is moved."""
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
     return checked(libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags), f"clone {path}")
 
 
-def set_attributes(tree, attributes, user_namespace=0):
+def set_attributes(tree: int, attributes: int, user_namespace: int = 0) -> None:
     packed = struct.pack("QQQQ", attributes, 0, 0, user_namespace)
     call = libc.syscall(SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, packed, len(packed))
     checked(call, "mount_setattr")
 
 
-def attach(tree, target):
+def attach(tree: int, target: str | int) -> None:
     """Move a detached mount onto `target`: a path, or a descriptor of the directory itself."""
     flags = MOVE_MOUNT_F_EMPTY_PATH
     if isinstance(target, int):
@@ -88,7 +97,7 @@ def attach(tree, target):
     os.close(tree)
 
 
-def open_beneath(directory, path):
+def open_beneath(directory: int, path: str) -> int:
     """Open a directory below `directory` without following any link, or raise OSError."""
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
     resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
@@ -97,7 +106,7 @@ def open_beneath(directory, path):
     return checked(call, f"open {path}")
 
 
-def make_directories(root, path):
+def make_directories(root: int, path: str) -> int:
     """Open `path` below `root`, making what is missing.
 
     The tree is the sandbox's to change, now too: no link is followed, and we have the rights of the
@@ -123,7 +132,7 @@ def make_directories(root, path):
 class UserNamespace:
     """A new user namespace with these maps: made by a child, while the caller does other things."""
 
-    def __init__(self, uid_map, gid_map):
+    def __init__(self, uid_map: str, gid_map: str) -> None:
         self.maps = {"uid_map": uid_map, "gid_map": gid_map}
         self.ready, ready = os.pipe()
         go, self.go = os.pipe()
@@ -137,7 +146,7 @@ class UserNamespace:
         os.close(ready)
         os.close(go)
 
-    def open(self):
+    def open(self) -> int:
         """Its descriptor. The child is gone when this returns."""
         try:
             if os.read(self.ready, 1) != b"0":
@@ -151,7 +160,7 @@ class UserNamespace:
             os.waitpid(self.pid, 0)
 
 
-def write_file(path, text):
+def write_file(path: str, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(descriptor, text.encode())
@@ -159,7 +168,7 @@ def write_file(path, text):
         os.close(descriptor)
 
 
-def make_sandbox_directory(spec):
+def make_sandbox_directory(spec: Spec) -> None:
     """Made under another name and renamed: there is a whole one or none."""
     new = spec["dir"] + ".new"
     for name in ("", "root", "root.work", "usr", "usr.work", "log", "root/etc", "root/workspace"):
@@ -175,7 +184,7 @@ def make_sandbox_directory(spec):
     os.rename(new, spec["dir"])
 
 
-def lower(path, namespace):
+def lower(path: str, namespace: int) -> int:
     """A read-only copy of `path` whose owners are the sandbox's, where kernel and file system can
     map ids; else as it is (its files then belong to nobody inside, and cannot be changed)."""
     tree = clone(path)
@@ -189,28 +198,28 @@ def lower(path, namespace):
     return tree
 
 
-def stage(*names):
+def stage(*names: str) -> None:
     mount("stage", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     for name in names:
         os.mkdir(f"{STAGE}/{name}")
     os.close(os.open(f"{STAGE}/empty", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o444))
 
 
-def overlay(name, lower_path, extra=""):
+def overlay(name: str, lower_path: str, extra: str = "") -> None:
     # Relative to the sandbox's directory: any character may stand in its path, and none of it shows
     # in /proc/self/mountinfo inside.
     options = f"lowerdir={lower_path},upperdir={name},workdir={name}.work{extra}"
     mount("overlay", f"{STAGE}/{name}", "overlay", MS_NOSUID | MS_NODEV, options)
 
 
-def same_directory(path, wanted):
+def same_directory(path: str, wanted: list[int]) -> None:
     """The directory that was checked, and no other that was put in its place since."""
     found = os.stat(path)
     if [found.st_dev, found.st_ino] != wanted or not stat.S_ISDIR(found.st_mode):
         raise Refused(f"{path} is no longer the directory that was checked")
 
 
-def host_mount(entry, base):
+def host_mount(entry: Spec, base: int) -> int:
     """A detached clone of a host directory, its owner mapped to root inside."""
     tree = clone(entry["path"])
     found = os.fstat(tree)
@@ -233,7 +242,7 @@ def host_mount(entry, base):
     return tree
 
 
-def assemble_as_root(spec, namespace):
+def assemble_as_root(spec: Spec, namespace: int) -> list[int]:
     """Put the box's file system together below STAGE, in our own mount namespace."""
     unshare(CLONE_NEWNS, "mounts")
     mount(None, "/", None, MS_REC | MS_PRIVATE)
@@ -255,21 +264,21 @@ def assemble_as_root(spec, namespace):
     return mounts
 
 
-def attach_agent(bundle, log):
+def attach_agent(bundle: int, log: int) -> None:
     root = os.open(f"{STAGE}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     attach(bundle, open_beneath(root, ".heyvm"))
     attach(log, open_beneath(root, ".heyvm/log"))
     os.close(root)
 
 
-def attach_mounts(entries, trees, root):
-    root = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def attach_mounts(entries: list[Spec], trees: list[int], path: str) -> None:
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for entry, tree in zip(entries, trees):
         attach(tree, make_directories(root, entry["target"]))
     os.close(root)
 
 
-def assemble_as_user(spec):
+def assemble_as_user(spec: Spec) -> list[int]:
     """The same without the host's root: one id, plain bind mounts, an overlay of our own."""
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS, "user and mounts")
@@ -287,12 +296,12 @@ def assemble_as_user(spec):
     return mounts
 
 
-def mount_of_user(entry):
+def mount_of_user(entry: Spec) -> int:
     same_directory(entry["path"], entry["inode"])
     return tree_of_user(entry["path"], entry["read_only"])
 
 
-def tree_of_user(path, read_only):
+def tree_of_user(path: str, read_only: bool) -> int:
     # Recursive: what is mounted below was locked to it when this user namespace was made.
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | 0x8000
     call = libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags)
@@ -301,14 +310,14 @@ def tree_of_user(path, read_only):
     return tree
 
 
-def become_root_inside():
+def become_root_inside() -> None:
     """In a user namespace that we have just joined, with ids that it does not map yet."""
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
 
 
-def loopback_up():
+def loopback_up() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         request = bytearray(struct.pack("16s24x", b"lo"))
         fcntl.ioctl(sock, SIOCGIFFLAGS, request, True)
@@ -317,7 +326,7 @@ def loopback_up():
         fcntl.ioctl(sock, SIOCSIFFLAGS, request, True)
 
 
-def listen(directory, name):
+def listen(directory: int, name: str) -> tuple[socket.socket, socket.socket]:
     """The agent's socket, made in the sandbox's network namespace: its ioctls tell nothing of the
     host's interfaces. Renamed into place, since a left-over file would be EADDRINUSE.
 
@@ -344,7 +353,7 @@ def listen(directory, name):
     return sock, first
 
 
-def join_cgroups(paths):
+def join_cgroups(paths: list[str]) -> None:
     """Leave the server's groups: systemd stops a unit by its group, whatever sessions it made.
 
     Once, here: what is forked inherits it, while each move of a process costs 10 ms (the kernel
@@ -358,7 +367,7 @@ def join_cgroups(paths):
             sys.stderr.write(f"heyvm: sandboxes stay in the server's cgroup: {path}: {error}\n")
 
 
-def leave_cgroups(paths):
+def leave_cgroups(paths: list[str]) -> None:
     """Back to the top, and away with ours unless a sandbox is still in it."""
     for path in paths:
         with contextlib.suppress(OSError):
@@ -366,7 +375,7 @@ def leave_cgroups(paths):
             os.rmdir(path)
 
 
-def bubblewrap_arguments(spec, seccomp, status, agent_fd):
+def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -> list[str]:
     arguments = [
         # What `ps` shows; the keeper finds a crashed server's boxes by it.
         spec["title"],
@@ -391,14 +400,14 @@ def bubblewrap_arguments(spec, seccomp, status, agent_fd):
     return [*arguments, "--", *agent]
 
 
-def memory_file(content):
+def memory_file(content: bytes) -> int:
     descriptor = os.memfd_create("seccomp")
     os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
 
-def start_box(spec, say):
+def start_box(spec: Spec, say: int) -> None:
     base = spec["id_base"]
     ids = f"0 {base} {IDS}"
     own = None if base is None else UserNamespace(ids, ids)
@@ -435,7 +444,7 @@ def start_box(spec, say):
     os.execve(spec["bwrap"], arguments, {})
 
 
-def settle_process(say, keep):
+def settle_process(say: int, keep: set[int]) -> None:
     """Our stderr is the answer's socket; nothing else but `keep` goes on to bubblewrap."""
     null = os.open("/dev/null", os.O_RDWR)
     for number, source in ((0, null), (1, null), (2, say)):
@@ -450,7 +459,7 @@ def settle_process(say, keep):
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
-def enter_user_namespace(spec):
+def enter_user_namespace(spec: Spec) -> int:
     """Become the sandbox's root. A descriptor of its mounts, which can then be joined."""
     mounts = os.open(f"/proc/{spec['pid']}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     namespace = os.open(f"/proc/{spec['pid']}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
@@ -460,7 +469,7 @@ def enter_user_namespace(spec):
     return mounts
 
 
-def add_mount(spec, say):
+def add_mount(spec: Spec, say: int) -> None:
     """Show one more host directory in a running sandbox."""
     (entry,) = spec["mounts"]
     if spec["id_base"] is None:
@@ -474,15 +483,17 @@ def add_mount(spec, say):
     attach_mounts([entry], [tree], "/")
 
 
-def remove_mount(spec, say):
+def remove_mount(spec: Spec, say: int) -> None:
     """Take a mount out of a running sandbox; who stands in it keeps it until they leave."""
     inside = enter_user_namespace(spec)
     checked(libc.setns(inside, CLONE_NEWNS), "setns mnt")
+    above, name = os.path.split(spec["target"].strip("/"))
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    # The sandbox's /proc knows nothing of us: name the directory by standing in it.
     try:
-        os.fchdir(open_beneath(root, spec["target"].strip("/")))
-        checked(libc.umount2(b".", MNT_DETACH), f"unmount {spec['target']}")
+        # Its /proc knows nothing of us, so stand beside it: in it we may have no right to.
+        os.fchdir(open_beneath(root, above) if above else root)
+        gone = libc.umount2(os.fsencode(name), MNT_DETACH | UMOUNT_NOFOLLOW)
+        checked(gone, f"unmount {spec['target']}")
     except OSError as error:
         # Nothing is mounted there, or nothing is there: a removal cut short is being repeated.
         if error.errno not in (errno.EINVAL, errno.ENOENT):
@@ -492,7 +503,7 @@ def remove_mount(spec, say):
 ACTIONS = {"box": start_box, "add_mount": add_mount, "remove_mount": remove_mount}
 
 
-def serve(spec, say):
+def serve(spec: Spec, say: int) -> None:
     """In the child: do what is asked, tell the outcome, never return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
@@ -511,7 +522,7 @@ def serve(spec, say):
     os._exit(code)
 
 
-def receive(sock):
+def receive(sock: socket.socket) -> tuple[bytes, int] | None:
     """The next request and where to answer, or None when the worker is gone."""
     size = array.array("i").itemsize
     while True:
@@ -526,7 +537,7 @@ def receive(sock):
                 return data, array.array("i", payload[:size])[0]
 
 
-def main():
+def main() -> None:
     control = int(sys.argv[1])
     os.closerange(3, control)
     os.closerange(control + 1, 4096)

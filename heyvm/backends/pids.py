@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -39,7 +40,7 @@ class Process:
             return bool(poll.poll(timeout * 1000))
 
     @contextlib.contextmanager
-    def _open(self):  # type: ignore[no-untyped-def]
+    def _open(self) -> Iterator[int | None]:
         try:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:

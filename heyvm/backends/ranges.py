@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from heyvm.errors import Unavailable
 
@@ -33,7 +33,7 @@ def free(mark: str, taken: frozenset[int], etc: str = "/etc") -> int:
 
 def release(mark: str, etc: str = "/etc") -> None:
     """Give back all of `mark`'s blocks."""
-    _change(etc, lambda: [_rewrite(f"{etc}/{name}", mark, None) for name in FILES])
+    _change(etc, lambda: _write_lines(mark, etc, []))
 
 
 def name_of(mark: str) -> str:
@@ -60,8 +60,7 @@ def _reserve(mark: str, etc: str) -> None:
     for start in range(LOWEST, HIGHEST - BLOCK, BLOCK):
         end = start + BLOCK
         if start not in mine and not any(low < end and start < high for low, high in used):
-            for name in FILES:
-                _rewrite(f"{etc}/{name}", mark, [*sorted(mine), start])
+            _write_lines(mark, etc, [*sorted(mine), start])
             return
     raise Unavailable("every id that sandboxes could have is reserved: see /etc/subuid")
 
@@ -91,7 +90,12 @@ def _fields(path: str) -> list[list[str]]:
         return []
 
 
-def _rewrite(path: str, mark: str, starts: list[int] | None) -> None:
+def _write_lines(mark: str, etc: str, starts: list[int]) -> None:
+    for name in FILES:
+        _rewrite(f"{etc}/{name}", mark, starts)
+
+
+def _rewrite(path: str, mark: str, starts: list[int]) -> None:
     """Replace `mark`'s lines, in a new file that takes the old one's place."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -100,7 +104,7 @@ def _rewrite(path: str, mark: str, starts: list[int] | None) -> None:
         lines = []
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"
-    lines += [f"{name_of(mark)}:{start}:{BLOCK}\n" for start in starts or []]
+    lines += [f"{name_of(mark)}:{start}:{BLOCK}\n" for start in starts]
     new = path + ".heyvm"
     with open(new, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(lines)
@@ -110,7 +114,7 @@ def _rewrite(path: str, mark: str, starts: list[int] | None) -> None:
     os.rename(new, path)
 
 
-def _change(etc: str, act) -> None:  # type: ignore[no-untyped-def]
+def _change(etc: str, act: Callable[[], None]) -> None:
     """Under the lock that useradd and usermod take (lckpwdf(3)); 15 s is their own patience."""
     descriptor = os.open(f"{etc}/.pwd.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
