@@ -1,7 +1,7 @@
 """The process that starts boxes: one small interpreter per worker, asked over a socket.
 
 Run as `python -I -S -B launcher.py FD CGROUP...`. It stands alone: no import of the server, none of
-its environment, descriptors or memory. Each request is served by a fork of it (it is single-threaded
+its environment, descriptors or memory. Each request is served by a fork of it (which has one thread
 and holds nothing else): 1 ms where a fresh interpreter takes 10. A box's parent is this process or
 init, never a worker, so no box notices that a worker came or went.
 
