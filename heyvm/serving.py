@@ -91,7 +91,23 @@ def on_starting(server: Any) -> None:
     if not _listens_already():
         for address in server.cfg.address:
             _refuse_a_taken_address(address)
+    _try_registry(settings)
     _make_alive_pipe()
+
+
+def _try_registry(settings: Settings) -> None:
+    """A data directory that this server may not use is told now, and in one line. Nothing stays
+    open: a connection that is carried over a fork would harm the file."""
+    from heyvm.lifecycle import Lifecycle
+    from heyvm.registry import Registry
+
+    registry = Registry(settings.data_dir / "registry.db")
+    try:
+        Lifecycle(registry, {}, settings).open()
+    except HeyvmError as wrong:
+        _give_up(wrong.detail, EXIT_MISCONFIGURED)
+    finally:
+        registry.close()
 
 
 def when_ready(server: Any) -> None:

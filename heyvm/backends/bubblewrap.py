@@ -334,7 +334,7 @@ class Bubblewrap(Backend):
         return frozenset(names)
 
     def sweep(self, strays: frozenset[str]) -> None:
-        boxes = self._boxes()
+        boxes = self._boxes() if strays else {}
         for name in strays:
             pids.kill_and_wait(boxes.get(name, []), KILL_TIMEOUT_S)
             self._erase(name)
