@@ -365,6 +365,8 @@ class Bubblewrap(Backend):
         return boxes
 
     def _sandbox_of(self, pid: int) -> str | None:
+        """Whose box this is. Every user of the machine may give a process whatever title he likes,
+        and what is found here is killed and erased: its form and its owner count too."""
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 first = file.read(64).split(b"\0")[0]
@@ -372,9 +374,15 @@ class Bubblewrap(Backend):
         except OSError:
             return None
         prefix = self._title("").encode()
-        if first.startswith(prefix) and not inside:
-            return first[len(prefix) :].decode("ascii", "replace")
-        return None
+        name = first.removeprefix(prefix).decode("ascii", "replace")
+        if inside or not first.startswith(prefix) or not ID.fullmatch(name):
+            return None
+        return name if self._is_own(pids.uid_of(pid)) else None
+
+    def _is_own(self, uid: int | None) -> bool:
+        if uid is None or not self.root:
+            return uid == os.geteuid()
+        return ranges.LOWEST <= uid < ranges.HIGHEST
 
 
 class Launcher:

@@ -73,6 +73,15 @@ def stat_of(pid: int) -> Stat | None:
     return Stat(fields[0].decode(), int(fields[1]), int(fields[19]))
 
 
+def uid_of(pid: int) -> int | None:
+    """The real user of a process, None if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return int(file.read().partition(b"\nUid:")[2].split(None, 1)[0])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def identify(pid: int) -> Process | None:
     """The process that has this number now."""
     found = stat_of(pid)
