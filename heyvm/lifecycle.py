@@ -19,6 +19,7 @@ from typing import Any
 
 from heyvm import guest, locks, slugs
 from heyvm.backends.base import Backend
+from heyvm.directories import demand_safe, make_private
 from heyvm.errors import (
     Conflict,
     HeyvmError,
@@ -117,9 +118,13 @@ class Lifecycle:
         return backend
 
     def open(self) -> None:
-        """Open the registry now. `Misconfigured` where this server may not use it."""
+        """Open the registry now. `Misconfigured` where this server may not use it, or what it
+        would write could be somebody else's."""
+        make_private(self.settings.data_dir)
         self.registry.open()
         self.registry.agree(self.settings.run_dir)
+        make_private(self.settings.run_dir)
+        demand_safe(self.settings.run_dir)
 
     # -- create ----------------------------------------------------------------------------------
 

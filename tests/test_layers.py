@@ -18,7 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"heyvm.api"}),
     frozenset({"heyvm.lifecycle", "heyvm.processes", "heyvm.files", "heyvm.mounts", "heyvm.logs"}),
     frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest"}),
-    frozenset({"heyvm.models", "heyvm.errors", "heyvm.settings", "heyvm.frames"}),
+    frozenset(
+        {"heyvm.models", "heyvm.errors", "heyvm.settings", "heyvm.frames", "heyvm.directories"}
+    ),
 )
 # Small parts with one subject that a layer keeps to itself or shares with those above it.
 BESIDE = {

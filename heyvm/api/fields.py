@@ -64,6 +64,9 @@ class Flag(fields.Boolean):
 class AbsolutePath(Text):
     """An absolute path, normalised: `//a/./b/` is `/a/b`. `..` is refused, not resolved."""
 
+    def __init__(self, *, metadata: Mapping[str, Any], **options: Any) -> None:
+        super().__init__(metadata={"pattern": "^/", **metadata}, **options)
+
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
         path = super()._deserialize(value, attr, data, **kwargs)
         if not path.startswith("/"):

@@ -517,9 +517,15 @@ class UploadJson(Request):
         load_default=paths.DEFAULT_MOUNT,
         metadata=about("The mount, by its path inside.", "/workspace"),
     )
-    file_path = FileName(required=True, metadata=about("Where in it.", "hello.txt"))
+    file_path = FileName(
+        required=True, metadata={**about("Where in it.", "hello.txt"), "minLength": 1}
+    )
     content = FileName(
-        required=True, metadata=about("The file's bytes in base64.", "SGVsbG8gd29ybGQh")
+        required=True,
+        metadata={
+            **about("The file's bytes in base64.", "SGVsbG8gd29ybGQh"),
+            "contentEncoding": "base64",
+        },
     )
 
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -178,6 +179,10 @@ class Interpreter:
         return f"lib/python{self.version[0]}.{self.version[1]}"
 
 
+# CPython 3.11's parser fails with several threads in it (SystemError: recursion depth mismatch).
+_BUILDING = threading.Lock()
+
+
 def ensure(directory: Path) -> Bundle:
     """The bundle for this machine's Python and this agent, built below `directory` where missing.
 
@@ -190,8 +195,9 @@ def ensure(directory: Path) -> Bundle:
     path = directory / _digest(loader)
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
-    if not path.is_dir():
-        _build(path, loader)
+    with _BUILDING:
+        if not path.is_dir():
+            _build(path, loader)
     return Bundle(path, _argv(INSIDE, loader, START))
 
 
