@@ -7,16 +7,108 @@ several.
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import subprocess
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server import Server, wait_until
+from tests.server import ORDINARY, Server, Session, wait_until
 
+ANN = 23456  # an ordinary user of the host, whose directory a sandbox is shown
 BOB = 23457  # an ordinary user of the host, who has nothing to do with the server
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="acts as several users of the host")
+USERS = [0, ORDINARY] if os.geteuid() == 0 else [os.geteuid()]
+
+
+# --- from inside ----------------------------------------------------------------------------------
+
+
+class Inside:
+    """A sandbox with a writable directory of the host at /data."""
+
+    def __init__(self, server: Server, http: Session, shared: Path) -> None:
+        self.server, self.http, self.shared = server, http, shared
+        mounts = [{"host_path": str(shared), "sandbox_path": "/data"}]
+        answer = http.post("/sandboxes", json={"mounts": mounts})
+        assert answer.status_code == 201, answer.text
+        self.ref = answer.json()["id"]
+        self.path = f"/sandboxes/{self.ref}"
+
+    def run(self, line: str, **options: Any) -> dict[str, Any]:
+        answer = self.http.post(f"{self.path}/execute", json={"command": line, **options})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def python(self, program: str) -> dict[str, Any]:
+        return self.run('exec /usr/bin/python3 -c "$P"', env={"P": program})
+
+
+@pytest.fixture(scope="module", params=USERS, ids=lambda uid: "root" if uid == 0 else "ordinary")
+def box(request: pytest.FixtureRequest) -> Iterator[Inside]:
+    """In a server of root's, and in one of an ordinary user's."""
+    user = request.param if request.param != os.geteuid() else None
+    shared = Path(tempfile.mkdtemp(prefix="hv-attacks-"))
+    shared.chmod(0o755)
+    if os.geteuid() == 0:
+        owner = user or ANN
+        os.chown(shared, owner, owner)
+    with Server(user=user) as server, server.http() as http:
+        yield Inside(server, http, shared)
+    shutil.rmtree(shared)
+
+
+# An access list (acl(5)) whose entry for the group lets it execute.
+ACCESS_LIST = """
+import os, shutil, struct
+shutil.copy("/bin/sh", "/data/sgid")
+for mode in (0o2744, 0o2644):
+    try:
+        os.chmod("/data/sgid", mode)
+    except PermissionError:
+        print("refused")
+entries = [(1, 7), (4, 5), (32, 5)]
+packed = b"".join(struct.pack("<HHI", tag, bits, 0xFFFFFFFF) for tag, bits in entries)
+os.setxattr("/data/sgid", "system.posix_acl_access", struct.pack("<I", 2) + packed)
+"""
+
+
+def test_an_access_list_completes_no_set_id_program(box: Inside) -> None:
+    seen = box.python(ACCESS_LIST)
+    mode = (box.shared / "sgid").stat().st_mode
+    assert mode & stat.S_IXGRP, seen
+    assert not mode & (stat.S_ISUID | stat.S_ISGID), oct(mode)
+    assert seen["stdout"] == "refused\n" * 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "renice -n 19 -p 1",
+        "renice -n 19 -u 0",
+        "renice -n 19 -g 1",
+        "chrt --idle --pid 0 1",
+        "chrt --other --reset-on-fork --pid 0 1",
+        "taskset --pid 1 1",
+        "ionice -c 3 -p 1",
+        "sh -c 'echo 19 > /proc/1/autogroup'",
+        "prlimit --pid 1 --nofile=3:3",
+    ],
+)
+def test_pid_1_keeps_its_share_of_the_machine(box: Inside, line: str) -> None:
+    before = box.run(SHARE_OF_PID_1)["stdout"]
+    assert box.run(line)["exit_code"] != 0
+    assert box.run(SHARE_OF_PID_1)["stdout"] == before
+
+
+SHARE_OF_PID_1 = (
+    "cut -d' ' -f18-19,40-41 /proc/1/stat; grep allowed_list /proc/1/status;"
+    " cat /proc/1/autogroup | grep -o 'nice.*'; ionice -p 1; true"
+)
 
 
 # --- other users of the machine -------------------------------------------------------------------

@@ -391,7 +391,8 @@ def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -
         arguments += ["--ro-bind", "/dev/null", path]
     if spec["id_base"] is None:
         # With one id for all, pid 1's are its neighbours' to write.
-        for path in ("oom_score_adj", "oom_adj", "task/1/oom_score_adj", "task/1/oom_adj"):
+        scores = ("oom_score_adj", "oom_adj", "task/1/oom_score_adj", "task/1/oom_adj")
+        for path in (*scores, "autogroup"):
             if os.path.exists(f"/proc/self/{path.removeprefix('task/1/')}"):
                 arguments += ["--ro-bind", f"{STAGE}/empty", f"/proc/1/{path}"]
     for name in spec["capabilities"]:

@@ -158,7 +158,7 @@ AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
 # ROUTE, SOCK_DIAG (ss) and KOBJECT_UEVENT. The rest gets the answer of a kernel without them,
 # which libaudit (useradd, sudo) takes for "no audit here" while an EPERM stops it.
 NETLINK_PROTOCOLS = (0, 4, 15)
-S_ISUID, S_ISGID_AND_EXECUTABLE = 0o4000, 0o2010
+S_ISUID, S_ISGID = 0o4000, 0o2000
 O_CREAT, O_TMPFILE = 0o100, 0o20000000  # the bit of O_TMPFILE that is not O_DIRECTORY
 SYS_SOCKET, SYS_SOCKETPAIR = 1, 8  # socketcall's own numbers, linux/net.h
 PRIO_PROCESS = 0
@@ -197,7 +197,8 @@ def _argument_rules() -> dict[str, Rule]:
 def _set_id_rules() -> dict[str, Rule]:
     """No set-id bit is ever made: through a host mount it would be one on the host.
 
-    (Set-group-id without the group's execute bit means something else, and is harmless.)
+    (Set-group-id without the group's execute bit is refused too: an access list, which a filter
+    cannot read, adds that bit afterwards.)
     """
     modes = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1}
     modes |= {"mknod": 1, "mknodat": 2}
@@ -206,7 +207,7 @@ def _set_id_rules() -> dict[str, Rule]:
 
 
 def _set_id(argument: int) -> tuple[tuple[Test, ...], ...]:
-    return (flags(argument, S_ISUID),), (flags(argument, S_ISGID_AND_EXECUTABLE),)
+    return (flags(argument, S_ISUID),), (flags(argument, S_ISGID),)
 
 
 def _open_rule(how: int) -> Rule:
@@ -224,11 +225,12 @@ def _allow_set_id() -> dict[str, Rule]:
     return {name: always(ALLOW) for name in _set_id_rules()}
 
 
-def _pid_1_rules() -> dict[str, Rule]:
-    """Where the agent has no uid of its own, its limits and its share of the machine are kept from
-    its equals; naming it is enough to be refused, and so is naming everybody."""
-    first = ("prlimit64", "sched_setaffinity", "sched_setattr", "sched_setparam")
-    return {name: refuse((Test(0, 1),)) for name in (*first, "sched_setscheduler")} | {
+def _pid_1_rules(*, single_id: bool) -> dict[str, Rule]:
+    """The agent's share of the machine is kept from its equals; naming it is enough to be refused,
+    and so is naming everybody. Its limits are the kernel's to keep, but where there is one uid."""
+    first = ("sched_setaffinity", "sched_setattr", "sched_setparam", "sched_setscheduler")
+    limits = ("prlimit64",) if single_id else ()
+    return {name: refuse((Test(0, 1),)) for name in (*first, *limits)} | {
         "setpriority": _priority_rule(PRIO_PROCESS),
         "ioprio_set": _priority_rule(IOPRIO_WHO_PROCESS),
     }
@@ -248,7 +250,7 @@ def rules(*, single_id: bool, set_id: bool = False) -> dict[str, Rule]:
     table |= dict.fromkeys(REFUSED, always(EPERM))
     table |= dict.fromkeys(ABSENT, always(ENOSYS))
     table |= _argument_rules() | (_allow_set_id() if set_id else _set_id_rules())
-    return table | (_pid_1_rules() if single_id else {})
+    return table | _pid_1_rules(single_id=single_id)
 
 
 @functools.cache
