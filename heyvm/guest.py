@@ -7,6 +7,7 @@ one operation and is the caller's to close.
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 import time
@@ -48,6 +49,9 @@ MAX_ENTRIES = 100_000
 MAX_LISTING_BYTES = 32 * 1024 * 1024
 MAX_SIZE = 1 << 63
 FILE_TYPES = frozenset({"file", "directory", "symlink", "fifo", "socket", "device"})
+
+
+logger = logging.getLogger(__name__)
 
 
 class ClientGone(Conflict):
@@ -93,6 +97,7 @@ class Conversation:
             raise BackendFailed("the sandbox's agent does not read") from None
 
     def ask(self, fields: dict[str, frames.Writable]) -> None:
+        logger.debug("agent call %s", fields["op"])
         try:
             self.send(frames.header(fields))
         except OSError:
@@ -170,6 +175,8 @@ class Subject:
 
     what: str
     field: str = "command"
+    cwd: str = ""
+    user: str = ""
 
 
 def nonsense(why: str) -> BackendFailed:
@@ -214,7 +221,7 @@ def refusal(code: str, message: str, subject: Subject) -> HeyvmError:
     """The domain's error for one of the agent's codes (docs/architecture.md lists them)."""
     what = subject.what
     if code in COMMAND_CODES:
-        text = COMMAND_CODES[code]
+        text = COMMAND_CODES[code].format(cwd=subject.cwd, user=subject.user)
         field = {"bad-cwd": "cwd", "bad-user": "user"}.get(code, subject.field)
         return Invalid(f"{text} ({message})", errors={field: [text]})
     if code in FILE_CODES:
@@ -226,8 +233,8 @@ def refusal(code: str, message: str, subject: Subject) -> HeyvmError:
 
 
 COMMAND_CODES = {
-    "bad-cwd": "the working directory is none",
-    "bad-user": "the sandbox does not know that user or group",
+    "bad-cwd": "cwd {cwd!r} is not a directory that can be entered in the sandbox",
+    "bad-user": "user {user!r} is not one that the sandbox has",
     "too-long": "arguments too long",
 }
 FILE_CODES: dict[str, tuple[type[HeyvmError], str]] = {
@@ -324,7 +331,7 @@ def execute(
     running.talk.ask(fields)
     if stdin is not None:
         running.feed(stdin)
-    return running.finish(Subject(argv[0], "command"))
+    return running.finish(Subject(argv[0], "command", cwd, user))
 
 
 def milliseconds(seconds: float | None) -> int:
