@@ -24,9 +24,14 @@ def make_private(path: Path) -> None:
 
 def demand_safe(path: Path) -> None:
     """`Misconfigured` where another user could put something else in the place of `path`."""
-    for above in Path(os.path.realpath(path)).parents:
-        found = above.stat()
+    # Links on the way count for themselves: who owns one may aim it elsewhere.
+    for above in (*path.parents, *Path(os.path.realpath(path)).parents):
+        found = above.lstat()
         if found.st_uid not in (0, os.geteuid()):
             raise Misconfigured(f"{path} lies in {above}, which belongs to user {found.st_uid}")
-        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        if not stat.S_ISLNK(found.st_mode) and is_everybodys(found.st_mode):
             raise Misconfigured(f"{path} lies in {above}, which everybody can write")
+
+
+def is_everybodys(mode: int) -> bool:
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,37 @@ def swept(server: Server) -> None:
     for _ in range(2):
         stray.mkdir()
         wait_until(lambda: not stray.exists(), "the keeper has swept")
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A directory that a sandbox may be shown."""
+    top = Path(tempfile.mkdtemp(prefix="hv-attacks-"))
+    if os.geteuid() == 0:
+        os.chown(top, ANN, ANN)
+    yield top
+    shutil.rmtree(top)
+
+
+def test_a_sockets_name_cannot_pass_for_another_socket(
+    http: Session, sandbox: Callable[..., dict[str, Any]], shared: Path
+) -> None:
+    """The kernel's table of sockets has their names as they are, line breaks included."""
+    for forged in (
+        "\0x\nno number at all: a b zz d e f g h",
+        f"\0x\n00000001: 00000002 00000000 00010000 0001 01 7 {shared}",
+    ):
+        with socket.socket(socket.AF_UNIX) as bobs:
+            bobs.bind(forged)
+            sandbox(mounts=[{"host_path": str(shared), "sandbox_path": "/data"}])
+
+
+def test_a_line_break_hides_no_listening_socket(http: Session, shared: Path) -> None:
+    (shared / "a\nb").mkdir()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(shared / "a\nb" / "door"))
+        door.listen()
+        mount = {"host_path": str(shared / "a\nb"), "sandbox_path": "/data", "read_only": True}
+        answer = http.post("/sandboxes", json={"mounts": [mount]})
+    assert answer.status_code == 422
+    assert "door" in answer.json()["detail"]

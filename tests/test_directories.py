@@ -49,3 +49,14 @@ def test_one_in_a_directory_that_everybody_writes_is_refused(tmp_path):
         demand_safe(above / "run")
     above.chmod(0o1777)
     demand_safe(above / "run")
+
+
+@ROOT
+def test_a_link_that_another_could_aim_elsewhere_is_refused(tmp_path):
+    (tmp_path / "ours" / "run").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to("ours")
+    demand_safe(link / "run")
+    os.chown(link, 23451, 23451, follow_symlinks=False)
+    with pytest.raises(Misconfigured, match="23451"):
+        demand_safe(link / "run")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from heyvm.models import Mount
 NEVER = tuple(Path(path) for path in ("/proc", "/sys", "/dev", "/etc", "/run", "/var/run", "/boot"))
 FIRST_USER_ID = 1000  # login.defs(5), UID_MIN on Debian and Ubuntu; below are the system's own
 LISTENING = 0x10000  # __SO_ACCEPTCON in the flags of /proc/net/unix
+# A line of it: Num, RefCount, Protocol, Flags, Type, St, Inode, Path. A path may hold line breaks.
+SOCKET = re.compile(
+    rb"^[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2} +[0-9]+ ?",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,29 @@ def _check_place(mount: Mount, real: Path, policy: Policy) -> None:
 
 def _check_sockets(mount: Mount, real: Path) -> None:
     """A socket that listens is a door to what runs on the host, the Docker daemon's say."""
-    with open("/proc/net/unix", errors="surrogateescape") as file:
-        next(file)
-        for line in file:
-            fields = line.split(None, 7)
-            if len(fields) < 8 or not int(fields[3], 16) & LISTENING:
-                continue
-            path = fields[7].rstrip("\n")
-            if path.startswith("/") and Path(os.path.realpath(path)).is_relative_to(real):
-                raise _refusal(mount, f"holds a socket that something listens on: {path}")
+    with open("/proc/net/unix", "rb") as file:
+        table = file.read()
+    for path in listening(table):
+        if Path(os.path.realpath(path)).is_relative_to(real) and _is_socket(path):
+            raise _refusal(mount, f"holds a socket that something listens on: {path}")
+
+
+def listening(table: bytes) -> Iterator[str]:
+    """The paths of sockets that listen. Every user of the machine chooses names in this table, and
+    may make them look like further lines: too many may be given, but none is left out."""
+    found = list(SOCKET.finditer(table))
+    ends = [one.start() - 1 for one in found[1:]] + [len(table) - 1]
+    for one, end in zip(found, ends):
+        path = table[one.end() : end]
+        if int(one[1], 16) & LISTENING and path.startswith(b"/"):
+            yield os.fsdecode(path)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _owner(mount: Mount, found: os.stat_result, policy: Policy) -> tuple[int | None, int | None]:
