@@ -25,6 +25,10 @@ database = "none"
 # set of words) may be refused.
 positive_data_acceptance.enabled = false
 max_response_time = 20.0
+# Its own list, and 413: a text may be too long for the whole body.
+negative_data_rejection.expected-statuses = [
+    400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429
+]
 
 # One path, two templates: what is allowed for {ref} and {path} is allowed there too.
 [[operations]]
