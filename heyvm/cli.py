@@ -168,6 +168,8 @@ def _server_environ(options: argparse.Namespace) -> dict[str, str]:
         "HEYVM_DEV": "1" if options.dev else None,
     }
     environ.update({name: str(value) for name, value in given.items() if value is not None})
+    # Paths of sandboxes are UTF-8, whatever locale the server is started in.
+    environ["PYTHONUTF8"] = "1"
     for name in ("HEYVM_DATA_DIR", "HEYVM_RUN_DIR"):
         if environ.get(name):
             environ[name] = os.path.abspath(environ[name])

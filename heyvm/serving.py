@@ -85,6 +85,8 @@ accesslog = None
 
 def on_starting(server: Any) -> None:
     """Say what is odd about the settings, or stop; make the pipe that tells the keeper the end."""
+    # Parts of what is made here are for a sandbox's ids too, which a stricter one would keep out.
+    os.umask(0o022)
     settings = _settings()
     for line in (*settings.notices, *exposure_notices(settings, server.cfg.address)):
         _say(line)
