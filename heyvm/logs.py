@@ -10,8 +10,10 @@ import os
 import re
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from heyvm.backends.base import Backend
@@ -69,15 +71,16 @@ class Logs:
         """The newest `limit` entries that match, oldest first; `offset` skips the newest."""
         sandbox = self.lifecycle.get(ref)
         directory = self.lifecycle.backend_of(sandbox).log_directory(sandbox)
-        found = [
-            line
-            for line in lines(directory)
-            if source in (None, line.source) and (level is None or level == line.level())
-        ]
-        end = max(0, len(found) - offset)
-        page = found[max(0, end - limit) : end]
-        entries = [line.entry() for line in page]
-        return LogPage(logs=entries, total=len(found), limit=limit, offset=offset)
+        total = 0
+        # No more than is asked for: the sandbox may have written millions of lines.
+        newest = deque[Line](maxlen=limit + offset)
+        for line in lines(directory):
+            if source in (None, line.source) and (level is None or level == line.level()):
+                total += 1
+                newest.append(line)
+        end = max(0, len(newest) - offset)
+        entries = [line.entry() for line in islice(newest, max(0, end - limit), end)]
+        return LogPage(logs=entries, total=total, limit=limit, offset=offset)
 
 
 def level_of(message: bytes) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.server import ORDINARY, Server, Session, wait_until
+from tests.server import ORDINARY, Server, Session, read_bytes, wait_until
 
 ANN = 23456  # an ordinary user of the host, whose directory a sandbox is shown
 BOB = 23457  # an ordinary user of the host, who has nothing to do with the server
@@ -112,10 +112,80 @@ SHARE_OF_PID_1 = (
 )
 
 
+# As much as is read of a log, in the shortest lines: over a million of them.
+FLOOD = """
+for name in ("log", "log.1"):
+    with open("/.heyvm/log/" + name, "w") as file:
+        file.write("a\\n" * 600_000)
+"""
+
+
+def test_a_flood_in_the_log_fills_no_worker(box: Inside) -> None:
+    box.python(FLOOD)
+    before = peak_kib(box.server)
+    answer = box.http.get(f"{box.path}/logs?limit=2")
+    assert [entry["message"] for entry in answer.json()["logs"]] == ["a", "a"]
+    assert answer.json()["total"] == 1_200_000
+    assert peak_kib(box.server) - before < 100 * 1024
+
+
+def peak_kib(server: Server) -> int:
+    """The most memory that its workers have had, together."""
+    status = b"".join(read_bytes(f"/proc/{pid}/status") for pid in server.worker_pids())
+    return sum(int(line.split()[1]) for line in status.splitlines() if b"VmHWM" in line)
+
+
+# --- over HTTP ------------------------------------------------------------------------------------
+
+QUICK_S = 15.0  # a worker that does nothing else for 60 s is killed, with all that it serves
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"command":"true","args":[' + b"1," * (7 * MIB) + b"1]}", 413),
+        (b'{"command":"true","args":[' + b'"",' * (5 * MIB) + b'""]}', 413),
+        (b'{"command":"true","x":[' + b"{}," * (5 * MIB) + b"{}]}", 413),
+        (b'{"command":"true","stdin":"' + b'\\"' * (7 * MIB), 400),  # a string without an end
+        (b'{"command":"true"' + b" " * (15 * MIB) + b"}", 200),
+        (b'{"command":"true","stdin":"' + b"{[]}," * (3 * MIB) + b'"}', 200),
+        (b'{"command":"true","args":[' + b"1," * 300_000 + b"1]}", 422),
+    ],
+    ids=["numbers", "texts", "objects", "open text", "spaces", "brackets in a text", "wrong ones"],
+)
+def test_a_large_body_is_dealt_with_in_seconds(
+    http: Session, sandbox: Callable[..., dict[str, Any]], body: bytes, status: int
+) -> None:
+    ref = sandbox()["id"]
+    answer = http.post(
+        f"/sandboxes/{ref}/execute",
+        data=body,
+        headers={"Content-Type": "application/json"},
+        timeout=QUICK_S,
+    )
+    assert answer.status_code == status, answer.text[:500]
+    assert len(answer.content) < 10_000
+
+
+def test_a_create_with_very_many_unknown_fields_is_dealt_with_in_seconds(http: Session) -> None:
+    asked = {f"u{number}": 1 for number in range(80_000)}
+    answer = http.post("/sandboxes", json=asked, timeout=QUICK_S)
+    assert answer.status_code == 201
+    assert len(answer.json()["warnings"]) == len(asked)
+    assert http.delete(f"/sandboxes/{answer.json()['id']}").status_code == 204
+
+
+def test_complaints_about_a_list_are_few(http: Session) -> None:
+    answer = http.post("/sandboxes", json={"setup_hooks": [1] * 10_000})
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == 20
+
+
 # --- other users of the machine -------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own() -> Iterator[Server]:
     """A server that the test may look at from outside while it is left alone."""
     with Server() as running:
@@ -133,7 +203,7 @@ def entitled(title: str) -> subprocess.Popen[bytes]:
 def test_a_process_that_calls_itself_a_sandbox_is_none(own: Server, name: str) -> None:
     """The keeper removes what no row knows: here a directory that the title leads to."""
     precious = own.home / "precious"
-    precious.mkdir()
+    precious.mkdir(exist_ok=True)
     with entitled(f"heyvm:{own.mark}:{name}") as bobs:
         swept(own)
         assert precious.is_dir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
+import time
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,8 @@ from marshmallow.validate import Length, Range, Validator
 
 from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
 
+MOST_COMPLAINTS = 20  # about the items of one list
+PAUSE_EVERY = 500  # items of an answer: the worker has other requests
 ENV_NAME = re.compile(r"[^=\x00]+")
 
 
@@ -84,6 +87,39 @@ class FileName(fields.String):
         return plain_string(value)
 
 
+class Items(fields.List[Any]):
+    """A list of a request: counted before any of it is looked at, and given up when most of it is
+    wrong. A body's worth of items would hold the worker up for a minute."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise ValidationError("Must be a list.")
+        self._validate(value)
+        good, wrong = [], dict[int, Any]()
+        for number, item in enumerate(value):
+            try:
+                good.append(self.inner.deserialize(item, **kwargs))
+            except ValidationError as error:
+                wrong[number] = error.messages
+                if len(wrong) == MOST_COMPLAINTS:
+                    break
+        if wrong:
+            raise ValidationError(wrong)
+        return good
+
+
+class Many(fields.List[Any]):
+    """A list of an answer that may be long."""
+
+    def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> list[Any]:
+        written = []
+        for number, item in enumerate(value):
+            if number % PAUSE_EVERY == PAUSE_EVERY - 1:
+                time.sleep(0)
+            written.append(self.inner._serialize(item, attr, obj, **kwargs))
+        return written
+
+
 class Environment(fields.Dict):
     """Names to values, as a process can have them."""
 
@@ -92,6 +128,8 @@ class Environment(fields.Dict):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         loaded: Mapping[str, str]
+        if isinstance(value, dict):
+            self._validate(value)  # counted first, as in Items
         loaded = super()._deserialize(value, attr, data, **kwargs)  # type: ignore[no-untyped-call]
         wrong = [name for name in loaded if not ENV_NAME.fullmatch(name)]
         if wrong:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from heyvm.api.bodies import MAX_EXECUTE_BYTES, MAX_JSON_BYTES, MAX_JSON_DEPTH
+from heyvm.api.bodies import (
+    MAX_EXECUTE_BYTES,
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_JSON_TOKENS,
+)
 from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
 from heyvm.lifecycle import STOP_GRACE_S, TURN_PATIENCE_S
 from heyvm.logs import MAX_MESSAGE_BYTES
@@ -49,6 +54,7 @@ LIMITS = (
     Limit("json_body_bytes", MAX_JSON_BYTES, "JSON body of every route but execute"),
     Limit("execute_body_bytes", MAX_EXECUTE_BYTES, "JSON body of execute, its stdin included"),
     Limit("json_depth", MAX_JSON_DEPTH, "levels of nesting in a JSON body"),
+    Limit("json_tokens", MAX_JSON_TOKENS, "values, commas and brackets in a JSON body"),
     Limit("working_directory", "/workspace", "of a sandbox, unless create names another"),
     Limit("sandbox_type", "shell", "of a sandbox, unless create names another"),
     Limit("ttl_seconds_default", None, "time to live when create names none: unlimited"),

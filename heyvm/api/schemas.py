@@ -32,7 +32,9 @@ from heyvm.api.fields import (
     FileName,
     Flag,
     Form,
+    Items,
     Known,
+    Many,
     Moment,
     Number,
     Shown,
@@ -152,9 +154,7 @@ def check_target(sandbox_path: str) -> None:
 
 
 def ports(**options: Any) -> fields.Field[Any]:
-    return fields.List(
-        Whole(validate=between(1, 65535)), validate=at_most(limits.MAX_ITEMS), **options
-    )
+    return Items(Whole(validate=between(1, 65535)), validate=at_most(limits.MAX_ITEMS), **options)
 
 
 def time_to_live(**options: Any) -> Whole:
@@ -220,13 +220,13 @@ class CreateRequest(Body):
         validate=at_most(limits.MAX_ITEMS),
         metadata=about("Environment of every command.", {"NODE_ENV": "production"}),
     )
-    setup_hooks = fields.List(
+    setup_hooks = Items(
         Text(validate=at_most(limits.MAX_TEXT)),
         allow_none=True,
         validate=at_most(limits.MAX_ITEMS),
         metadata=about("Shell commands, run once and in order at create.", ["make deps"]),
     )
-    mounts = fields.List(
+    mounts = Items(
         fields.Nested(MountRequest),
         allow_none=True,
         validate=at_most(limits.MAX_MOUNTS),
@@ -246,8 +246,8 @@ class CreateRequest(Body):
 
     @post_load
     def build(self, given: dict[str, Any], **_: Any) -> CreateSpec:
-        unknown = sorted(set(given) - set(self.fields))
-        known = {name: value for name, value in given.items() if name not in unknown}
+        known = {name: value for name, value in given.items() if name in self.fields}
+        unknown = sorted(set(given) - set(known))
         return CreateSpec(
             **frozen({name: value for name, value in known.items() if value is not None}),
             unknown_fields=tuple(unknown),
@@ -300,7 +300,7 @@ class ExecuteRequest(Request):
         validate=at_most(limits.MAX_TEXT),
         metadata=about("A program, with `args`; or, alone, a line for the shell.", "echo"),
     )
-    args = fields.List(
+    args = Items(
         Text(validate=at_most(limits.MAX_TEXT)),
         allow_none=True,
         validate=at_most(limits.MAX_ARGS),
@@ -733,7 +733,7 @@ class FileListing(Schema):
         required=True, metadata={"type": "string", **about("The mount.", "/workspace")}
     )
     path = Shown(required=True, metadata={"type": "string", **about("The directory in it.", "")})
-    files = fields.List(fields.Nested(FileEntry), required=True)
+    files = Many(fields.Nested(FileEntry), required=True)
 
 
 class Uploaded(Schema):
@@ -762,7 +762,7 @@ class LogEntryInfo(Schema):
 class LogPageInfo(Schema):
     """The newest entries that match, oldest first."""
 
-    logs = fields.List(fields.Nested(LogEntryInfo), required=True)
+    logs = Many(fields.Nested(LogEntryInfo), required=True)
     total = always(fields.Integer, "How many match.", 1)
     limit = always(fields.Integer, "As asked for.", 50)
     offset = always(fields.Integer, "As asked for.", 0)
