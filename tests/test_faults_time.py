@@ -1,4 +1,4 @@
-"""Times to live, a machine that was restarted, odd surroundings, and two servers on one directory."""
+"""Times to live, a machine that was restarted, odd surroundings, two servers on one directory."""
 
 from __future__ import annotations
 
