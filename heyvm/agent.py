@@ -29,6 +29,7 @@ else:
     import _signal
 
 GO_TIMEOUT_S = 10.0
+LONGEST_TURN_S = 24 * 60 * 60.0  # epoll_wait(2) takes an int of milliseconds: not 25 days
 MAX_CONNECTIONS = 256
 MAX_WORKERS = 64
 MAX_PENDING_BYTES = 256 * 1024
@@ -116,7 +117,8 @@ class Loop:
     def _patience(self) -> float:
         if not self.timers:
             return -1
-        return max(0.0, min([when for when, _ in self.timers.values()]) - time.monotonic())
+        soonest = min([when for when, _ in self.timers.values()])
+        return min(max(0.0, soonest - time.monotonic()), LONGEST_TURN_S)
 
     def _ring(self) -> None:
         now = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from heyvm.errors import BackendFailed, Conflict, HeyvmError, NotFound
+from heyvm.errors import Conflict, HeyvmError, NotFound
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import Mount, Sandbox, Status
 
@@ -39,7 +39,7 @@ class Mounts:
         with self.lifecycle.turn(ref) as sandbox:
             mount = find(sandbox, sandbox_path)
             if not mount.pending and not self._change(sandbox, None, sandbox_path):
-                raise BackendFailed(
+                raise Conflict(
                     f"mount {sandbox_path} could not be taken out of sandbox {sandbox.slug!r} while"
                     " it runs: stop it first"
                 )

@@ -49,7 +49,6 @@ def test_the_server_does_what_the_document_says(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="the agent's epoll takes at most 2^31 ms, and it ends")
 def test_the_longest_time_limit_does_no_harm(
     http: Session, sandbox: Callable[..., dict[str, Any]]
 ) -> None:
