@@ -234,8 +234,11 @@ class Lifecycle:
                 continue
             try:
                 sandbox, replayed = self._add(draft, sandbox_id, key)
-            except (IdTaken, BaseTaken):
+            except IdTaken:
                 held.release()
+                continue
+            except BaseTaken:
+                held.discard()  # no sandbox has this id
                 continue
             except HeyvmError:
                 held.discard()
