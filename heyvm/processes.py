@@ -81,6 +81,8 @@ class Processes:
         now = self.lifecycle.get(sandbox.id)
         if now.status is not Status.RUNNING:
             return Conflict(f"sandbox {now.slug!r} is {now.status} now: the command ended with it")
+        if now.state != sandbox.state:
+            return Conflict(f"sandbox {now.slug!r} was restarted: the command ended with it")
         reason = self.lifecycle.backend_of(now).poll(now)
         if reason is None:
             return failed

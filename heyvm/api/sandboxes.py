@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from flask import g, request
 from flask.views import MethodView
 from werkzeug.http import parse_list_header
 
+from heyvm.api import results
 from heyvm.api.blueprint import STORED, Blueprint
 from heyvm.api.bodies import MAX_EXECUTE_BYTES
 from heyvm.api.parts import lifecycle, processes
@@ -41,7 +41,7 @@ from heyvm.errors import (
     Unavailable,
     UnsupportedMedia,
 )
-from heyvm.models import CreateSpec, ExecResult, Page, Sandbox, Status
+from heyvm.models import CreateSpec, Page, Sandbox, Status
 
 blp = Blueprint("sandboxes", description="Sandboxes, from create to delete.")
 
@@ -202,14 +202,14 @@ class Execute(MethodView):
     @blp.operation("executeCommand", *BODY, *ACT)
     @blp.arguments(ExecuteRequest, limit=MAX_EXECUTE_BYTES)
     @blp.response(200, ExecuteResult)
-    def post(self, execution: Execution, ref: str) -> dict[str, Any]:
+    def post(self, execution: Execution, ref: str) -> Any:
         """Run a command to its end
 
         A non-zero exit code is a 200 too. A client that goes away takes its command with it.
         """
         client = request.environ.get("gunicorn.socket")
         result = processes().execute(ref, execution.request, client=client)
-        return written(result, WRITERS[execution.encoding])
+        return results.answer(result, execution.encoding)
 
 
 def page_of(listing: Listing) -> Page:
@@ -254,26 +254,3 @@ def created_headers(sandbox: Sandbox, replayed: bool) -> dict[str, str]:
     if sandbox.status is Status.PROVISIONING:
         headers |= {"Retry-After": RETRY_AFTER_S, "Preference-Applied": "respond-async"}
     return headers
-
-
-def as_text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")
-
-
-def as_base64(raw: bytes) -> str:
-    return base64.b64encode(raw).decode("ascii")
-
-
-WRITERS = {"utf-8": as_text, "base64": as_base64}
-
-
-def written(result: ExecResult, write: Any) -> dict[str, Any]:
-    return {
-        "output": write(result.output),
-        "stdout": write(result.stdout),
-        "stderr": write(result.stderr),
-        "exit_code": result.exit_code,
-        "duration_ms": result.duration_ms,
-        "timed_out": result.timed_out,
-        "truncated": result.truncated,
-    }
