@@ -15,7 +15,10 @@ def make_private(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
     except OSError as error:
-        raise Misconfigured(f"{path} cannot be made: {error.strerror}") from None
+        raise Misconfigured(
+            f"{path} cannot be made: {error.filename}: {error.strerror}; set HEYVM_DATA_DIR or"
+            " HEYVM_RUN_DIR to a place where it can"
+        ) from None
     if found.st_uid != os.geteuid():
         raise Misconfigured(f"{path} belongs to user {found.st_uid}, not to the server's")
     if found.st_mode & 0o077:

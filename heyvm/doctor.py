@@ -292,6 +292,7 @@ def _whole_life(own: Settings) -> Iterator[Check]:
     from heyvm.models import CreateSpec, ExecRequest
 
     services: Services = create_app(own).extensions[EXTENSION]
+    print("making what the first sandbox needs, in a directory of its own ...", file=sys.stderr)
     try:
         made, took = _timed(lambda: services.lifecycle.create(CreateSpec(name="doctor")))
     except HeyvmError as wrong:

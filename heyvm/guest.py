@@ -239,7 +239,10 @@ COMMAND_CODES = {
 }
 FILE_CODES: dict[str, tuple[type[HeyvmError], str]] = {
     "not-found": (NotFound, "there is no {what}"),
-    "is-directory": (Conflict, "{what} is a directory, or has one in its way ({message})"),
+    "is-directory": (
+        Conflict,
+        "{what} is a directory (as a tar: ?format=tar), or has one in its way",
+    ),
     "not-directory": (Conflict, "{what} is not a directory, or lies below something that is none"),
     "not-empty": (Conflict, "{what} has something in it: add ?recursive=true to delete it too"),
     "not-regular": (BadRequest, "{what} cannot be read as a file: {message}"),

@@ -416,6 +416,8 @@ class Lifecycle:
             self.backend_of(last).stop(last, grace=0)
         if self.registry.settle_failed(sandbox.id, error.detail[:MESSAGE_CHARS]) is None:
             raise self._interrupted(sandbox) from error
+        if isinstance(error, HookFailed):
+            self.registry.amend(sandbox.id, _with_hooks_undone)
         error.sandbox_id = sandbox.id
 
     def _interrupted(self, sandbox: Sandbox) -> HeyvmError:
@@ -694,6 +696,12 @@ def _warnings(spec: CreateSpec) -> Iterator[str]:
 
 
 PORTS_WARNING = "open_ports are recorded, but not forwarded yet"
+
+
+def _with_hooks_undone(sandbox: Sandbox) -> Sandbox:
+    """Told for ever: a start does not run them again, and makes it look sound."""
+    warning = "a setup hook failed at create: it and those after it are not run again by a start"
+    return replace(sandbox, warnings=(*sandbox.warnings, warning))
 
 
 def _with_mounts_in_effect(sandbox: Sandbox) -> Sandbox:

@@ -10,6 +10,7 @@ import errno
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from typing import Any
@@ -124,6 +125,8 @@ def post_worker_init(worker: Any) -> None:
 
     from heyvm import keeper
 
+    # Ctrl-C reaches the whole group. The arbiter hears it too, and ends its workers in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = from_env(os.environ)
     if settings.debug:
         _log_to_stderr()

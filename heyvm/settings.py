@@ -158,7 +158,7 @@ def _notices(environ: Mapping[str, str], secret: str | None) -> list[str]:
     known = {setting.name for setting in KNOWN} | {"HEYVM_DEBUG", "HEYVM_DEV"} | INTERNAL
     for name in sorted(environ):
         if name.startswith("HEYVM_") and name not in known:
-            near = difflib.get_close_matches(name, known - INTERNAL, 1)
+            near = difflib.get_close_matches(name, [one.name for one in KNOWN], 1, cutoff=0.75)
             hint = f"; did you mean {near[0]}?" if near else ""
             lines.append(f"{name} is not a setting that heyvm knows{hint}")
     if secret is not None and len(secret.encode()) < SHORT_SECRET_BYTES:

@@ -460,3 +460,13 @@ def test_the_hosts_own_processes_are_untouched_by_a_kill_of_everything(box):
     finally:
         marker.kill()
         marker.wait()
+
+
+def test_a_start_after_a_failed_hook_says_that_hooks_are_missing(http):
+    made = http.post("/sandboxes", json={"setup_hooks": ["exit 3", "true"]})
+    assert made.status_code == 422
+    path = f"/sandboxes/{made.json()['id']}"
+    started = http.post(f"{path}/start").json()
+    assert started["status"] == "running"
+    assert any("setup hook" in warning for warning in started["warnings"])
+    http.delete(path)

@@ -310,3 +310,18 @@ def test_debug_says_requests_and_keeps_secrets() -> None:
         assert f"POST '{path}/execute' 200" in server.log
         for hidden in (secret, token, "hunter2", "the-output-of-it"):
             assert hidden not in server.log
+
+
+def test_ctrl_c_ends_the_server_quietly_and_no_sandbox() -> None:
+    """As a terminal sends it: to every process of the group."""
+    with Server() as server:
+        with server.http() as http:
+            path = create(http)
+        os.killpg(server.pid, signal.SIGINT)
+        assert server.process is not None
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log
+        server.start()
+        with server.http() as http:
+            assert http.get(path).json()["status"] == "running"
+            execute(http, path, "true")

@@ -44,7 +44,7 @@ PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
     errors.Unauthorized: Kind(401, "unauthorized", "A good bearer token is needed"),
     errors.Forbidden: Kind(403, "forbidden", "Refused"),
     errors.NotFound: Kind(404, "not-found", "There is no such thing"),
-    errors.Conflict: Kind(409, "conflict", "Not in this state"),
+    errors.Conflict: Kind(409, "conflict", "It conflicts with what is there"),
     errors.TooLarge: Kind(413, "too-large", "Too many bytes"),
     errors.UnsupportedMedia: Kind(415, "unsupported-media", "Another media type is needed"),
     errors.RangeNotSatisfiable: Kind(416, "range", "The range lies outside the file"),
@@ -125,7 +125,7 @@ def of_absence(_: ClientGone) -> Response:
 
 
 def of_surprise(error: Exception) -> Response:
-    log.error("%s %s %s", request_id(), request.method, request.path, exc_info=error)
+    log.error("%s %s %s", request_id(), request.method, ascii(request.path), exc_info=error)
     return respond(INTERNAL, INTERNAL_DETAIL.format(request_id()), {}, [])
 
 
