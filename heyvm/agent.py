@@ -860,12 +860,19 @@ class Birth:
         self.over = False
 
     def told(self, _events: int = 0) -> None:
-        """It has failed, or is another program now, or (for a plain fork) has come to neither."""
+        """It has failed, or is another program now, or (for a plain fork) has come to neither.
+
+        A failure is written in several parts, so it is complete at the end of the file only.
+        """
         try:
-            self.command.failure = posix.read(self.report, 512)
+            while part := posix.read(self.report, 512):
+                self.command.failure += part
         except BlockingIOError:
             self.agent.loop.watch(self.report, select.EPOLLIN, self.told)
             return
+        self._finish()
+
+    def _finish(self) -> None:
         self.over = True
         self.agent.loop.close(self.report)
         raise_oom_score(self.pid)
@@ -873,6 +880,8 @@ class Birth:
     def ended(self, status: int) -> None:
         if not self.over:
             self.told()
+        if not self.over:
+            self._finish()
         command = self.command
         del self.agent.commands[command.marker]
         command.exited(command.explain(self.plan) if command.failure else status)
