@@ -106,7 +106,7 @@ def test_nothing_of_the_hosts_homes_and_secrets_is_in_sight(box):
     assert "No such file" in seen["stderr"] and seen["stderr"].count("No such file") >= 3
     names = [line for line in seen["stdout"].split() if not line.endswith(":")]
     assert names == []
-    found = box.run("ls /etc/ssh /etc/ssl/private /var/lib/heyvm /work 2>/dev/null")
+    found = box.run("ls /etc/ssh /etc/ssl/private /var/lib/heyvm 2>/dev/null")
     assert found["stdout"] == ""
 
 
