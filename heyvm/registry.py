@@ -970,8 +970,9 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
-    application = connection.execute("PRAGMA application_id").fetchall()[0][0]
+    # In this order: a first server that migrates between the two makes both ours at once.
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()[0][0]
+    application = connection.execute("PRAGMA application_id").fetchall()[0][0]
     if application != APPLICATION_ID and (application or tables):
         raise Misconfigured(
             f"{path} is another program's database: move it away, or set HEYVM_DATA_DIR"
