@@ -212,19 +212,17 @@ def overlay(name: str, lower_path: str, extra: str = "") -> None:
     mount("overlay", f"{STAGE}/{name}", "overlay", MS_NOSUID | MS_NODEV, options)
 
 
-def same_directory(path: str, wanted: list[int]) -> None:
+def demand_same(entry: Spec, tree: int) -> None:
     """The directory that was checked, and no other that was put in its place since."""
-    found = os.stat(path)
-    if [found.st_dev, found.st_ino] != wanted or not stat.S_ISDIR(found.st_mode):
-        raise Refused(f"{path} is no longer the directory that was checked")
+    found = os.fstat(tree)
+    if [found.st_dev, found.st_ino] != entry["inode"] or not stat.S_ISDIR(found.st_mode):
+        raise Refused(f"{entry['path']} is no longer the directory that was checked")
 
 
 def host_mount(entry: Spec, base: int) -> int:
     """A detached clone of a host directory, its owner mapped to root inside."""
     tree = clone(entry["path"])
-    found = os.fstat(tree)
-    if [found.st_dev, found.st_ino] != entry["inode"]:
-        raise Refused(f"{entry['path']} is no longer the directory that was checked")
+    demand_same(entry, tree)
     attributes = ATTR_NOSUID | ATTR_NODEV | (ATTR_RDONLY if entry["read_only"] else 0)
     if entry["uid"] is None:
         set_attributes(tree, attributes)
@@ -297,8 +295,9 @@ def assemble_as_user(spec: Spec) -> list[int]:
 
 
 def mount_of_user(entry: Spec) -> int:
-    same_directory(entry["path"], entry["inode"])
-    return tree_of_user(entry["path"], entry["read_only"])
+    tree = tree_of_user(entry["path"], entry["read_only"])
+    demand_same(entry, tree)
+    return tree
 
 
 def tree_of_user(path: str, read_only: bool) -> int:

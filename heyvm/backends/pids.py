@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -96,7 +97,8 @@ def kill_and_wait(processes: list[Process], timeout: float) -> list[Process]:
     return [one for one in processes if not one.wait(max(0.0, end - time.monotonic()))]
 
 
+@functools.cache
 def boot_id() -> str:
-    """A name for this boot of the machine (random(4))."""
+    """A name for this boot of the machine (random(4)); no process lives to see another."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
