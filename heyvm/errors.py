@@ -38,6 +38,13 @@ class HookFailed(Invalid):
     """A setup hook ended with a non-zero exit code; the sandbox is kept as `failed`."""
 
 
+class ImageMissing(Invalid):
+    """The registry says that there is no such image, or cannot be reached.
+
+    Bad credentials, a wrong digest and a broken layer are plain `Invalid`.
+    """
+
+
 class Unauthorized(HeyvmError):
     """No token, or not a good one."""
 

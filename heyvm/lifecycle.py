@@ -37,6 +37,7 @@ from heyvm.settings import Settings
 Connect = Callable[[], socket.socket]
 
 HOST_IMAGE = "host"
+DEFAULT_DIRECTORY = "/workspace"
 STOP_GRACE_S = 10.0
 TURN_PATIENCE_S = 30.0
 LAST_TURN_PATIENCE_S = 5.0
@@ -186,7 +187,7 @@ class Lifecycle:
             image=spec.image,
             ttl_seconds=_ttl(spec.ttl_seconds),
             start_command=spec.start_command or None,
-            working_directory=spec.working_directory,
+            working_directory=spec.working_directory or DEFAULT_DIRECTORY,
             open_ports=spec.open_ports,
             env_vars=spec.env_vars,
             setup_hooks=spec.setup_hooks,

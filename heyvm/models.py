@@ -34,8 +34,72 @@ class Mount:
 
 
 @dataclass(frozen=True)
+class Network:
+    """Where a sandbox may connect to. `allow` and `deny` are CIDRs in their canonical form; with an
+    `allow` the rest is closed, and `deny` wins. Both are empty where `mode` is `none`."""
+
+    mode: str = "egress"
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None: not limited. `cpus` counts cores, `memory` bytes, `pids` processes and threads;
+    `disk_size_gb` GiB of everything that it keeps on disk."""
+
+    cpus: float | None = None
+    memory: int | None = None
+    pids: int | None = None
+    disk_size_gb: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What an image says of how it is run. A sandbox keeps the one that it was made with."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    working_directory: str | None = None
+    user: str = ""
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Image:
+    """An unpacked root file system in the local store.
+
+    `digest` (`sha256:<hex>`) names its content and its directory; `names` are what it is called
+    here, none for one that is only still in use. `size_bytes` is what it takes on disk,
+    `devices` how many device nodes were left out, `source` where it came from.
+    """
+
+    digest: str
+    names: tuple[str, ...]
+    size_bytes: int
+    created_at: float
+    source: str = ""
+    devices: int = 0
+    config: ImageConfig = field(default_factory=ImageConfig)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a sandbox used when last looked at. `cpu_percent` is of one core, and may pass 100;
+    `memory_bytes` is what its cgroup is charged; None where it cannot be known."""
+
+    cpu_percent: float | None = None
+    memory_bytes: int | None = None
+    pids: int | None = None
+
+
+@dataclass(frozen=True)
 class Sandbox:
-    """One row of the registry. `state` is its backend's private note (JSON), never shown."""
+    """One row of the registry. `state` is its backend's private note (JSON), never shown.
+
+    `image_resolved` is `host` or an image's digest; empty while its image is still to come.
+    `ids` says whose user ids it has: `range` (65,536 of its own), `sub-ids` (its owner's) or
+    `single`. `oom_kills` counts processes that its memory limit has ended since it was made.
+    """
 
     id: str
     name: str
@@ -61,6 +125,13 @@ class Sandbox:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     id_base: int | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
+    network: Network = field(default_factory=Network)
+    limits: Limits = field(default_factory=Limits)
+    size_class: str | None = None
+    image_config: ImageConfig = field(default_factory=ImageConfig)
+    ids: str = "single"
+    status_detail: str | None = None
+    oom_kills: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,12 +145,18 @@ class CreateSpec:
     backend_type: str | None = None
     ttl_seconds: int | None = None
     start_command: str | None = None
-    working_directory: str = "/workspace"
+    working_directory: str | None = None
     open_ports: tuple[int, ...] = ()
     env_vars: Mapping[str, str] = field(default_factory=dict)
     setup_hooks: tuple[str, ...] = ()
     mounts: tuple[Mount, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    network: Network | None = None
+    size_class: str | None = None
+    cpus: float | None = None
+    memory: int | None = None
+    pids: int | None = None
+    disk_size_gb: int | None = None
     unknown_fields: tuple[str, ...] = ()
 
 

@@ -35,7 +35,16 @@ from heyvm.errors import (
     StorageFull,
     Unavailable,
 )
-from heyvm.models import Mount, Page, Sandbox, Status
+from heyvm.models import (
+    Image,
+    ImageConfig,
+    Limits,
+    Mount,
+    Network,
+    Page,
+    Sandbox,
+    Status,
+)
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
@@ -99,12 +108,37 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             created_at REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
+    (
+        "ALTER TABLE sandboxes ADD COLUMN status_detail TEXT",
+        "ALTER TABLE sandboxes ADD COLUMN oom_kills INTEGER NOT NULL DEFAULT 0",
+        """CREATE TABLE images (
+            digest TEXT PRIMARY KEY,
+            size_bytes INTEGER NOT NULL,
+            created_at REAL NOT NULL,
+            source TEXT NOT NULL,
+            devices INTEGER NOT NULL,
+            config TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        # Without a digest: the name of an image that was here once.
+        "CREATE TABLE image_names (name TEXT PRIMARY KEY, digest TEXT) WITHOUT ROWID",
+        "CREATE INDEX named ON image_names (digest)",
+        "CREATE INDEX live_by_image ON sandboxes (image_resolved) WHERE deleted_at IS NULL",
+    ),
 )
+HOST_IMAGE = "host"
 
 _COLUMNS = (
     "id, name, slug, status, status_changed_at, created_at, started_at, backend_type,"
     " image_resolved, ttl_seconds, expires_at, expires_boot, boot_id, error_message, id_base,"
-    " spec, state, warnings, metadata"
+    " spec, state, warnings, metadata, status_detail, oom_kills"
+)
+_IMAGE_COLUMNS = (
+    "digest, size_bytes, created_at, source, devices, config,"
+    " (SELECT json_group_array(name) FROM image_names"
+    " WHERE image_names.digest = images.digest)"
+)
+_USERS = (
+    "SELECT slug FROM sandboxes WHERE image_resolved = ? AND deleted_at IS NULL ORDER BY created_at"
 )
 _BY_ID = f"SELECT {_COLUMNS} FROM sandboxes WHERE id = ? AND deleted_at IS NULL"
 _BY_SLUG = f"SELECT {_COLUMNS} FROM sandboxes WHERE slug = ? AND deleted_at IS NULL"
@@ -165,6 +199,10 @@ class Entry:
 
 class IdTaken(HeyvmError):
     """The id that was drawn is in use: draw another."""
+
+
+class ImageGone(HeyvmError):
+    """The image was removed between its being found and the sandbox's being written: look again."""
 
 
 class BaseTaken(HeyvmError):
@@ -241,10 +279,10 @@ class Registry:
         return Page(found, self._cursor(found[-1]) if more else None)
 
     def running(self) -> Sequence[Entry]:
-        """Every sandbox that is said to run."""
+        """Every sandbox that is said to run, or to be paused."""
         rows = self._file.read(
             f"SELECT {_COLUMNS}, wanted, visit, boot_id FROM sandboxes"
-            " WHERE deleted_at IS NULL AND status = 'running'"
+            " WHERE deleted_at IS NULL AND status IN ('running', 'paused')"
         )
         return [self._entry(row) for row in rows]
 
@@ -353,10 +391,57 @@ class Registry:
         wanted."""
         return self._change(
             "status = 'running', status_changed_at = :now, started_at = :now, boot_id = :boot_id,"
-            " error_message = NULL, expires_boot = :boot + ttl_left, expires_at = :now + ttl_left",
+            " error_message = NULL, status_detail = NULL,"
+            " expires_boot = :boot + ttl_left, expires_at = :now + ttl_left",
             "status = 'provisioning' AND wanted IS NULL",
             sandbox_id,
         )
+
+    def settle_paused(self, sandbox_id: str, paused: bool) -> Sandbox | None:
+        """From running to paused, or back; its time to live goes on. None if it was neither, or its
+        end is wanted."""
+        before, after = ("running", "paused") if paused else ("paused", "running")
+        return self._change(
+            "status = :after, status_changed_at = :now",
+            "status = :before AND wanted IS NULL",
+            sandbox_id,
+            {"before": before, "after": after},
+        )
+
+    def detail(self, sandbox_id: str, text: str | None) -> bool:
+        """Say what is being done about it just now; False if its end is wanted."""
+        return (
+            self._change("status_detail = :text", "wanted IS NULL", sandbox_id, {"text": text})
+            is not None
+        )
+
+    def resolve(self, sandbox_id: str, change: Callable[[Sandbox], Sandbox]) -> Sandbox:
+        """Give a sandbox in the making the image that `change` puts into it; see `amend`.
+
+        `ImageGone` where that image was removed just now.
+        """
+
+        def work(connection: sqlite3.Connection) -> Sandbox | None:
+            rows = connection.execute(_BY_ID + " AND wanted IS NULL", (sandbox_id,)).fetchall()
+            if not rows:
+                return None
+            after = change(self._sandbox(rows[0]))
+            _demand_image(connection, after)
+            connection.execute(
+                "UPDATE sandboxes SET image_resolved = :image, status_detail = NULL WHERE id = :id",
+                {"image": after.image_resolved, "id": sandbox_id},
+            )
+            connection.execute(_amendment(False), _user_columns(after) | self._times())
+            return self._sandbox(_one(connection, _BY_ID, sandbox_id))
+
+        resolved = self._file.write(work)
+        if resolved is None:
+            raise NotFound(self._why_not(sandbox_id))
+        return resolved
+
+    def count_oom(self, sandbox_id: str, kills: int) -> None:
+        """Add to the processes that its memory limit has ended."""
+        self._change("oom_kills = oom_kills + :kills", "1", sandbox_id, {"kills": kills})
 
     def settle_stopped(self, sandbox_id: str, *, message: str | None = None) -> Sandbox | None:
         """Nothing of it runs any more, as was asked. None if its end is wanted."""
@@ -372,7 +457,7 @@ class Registry:
     def settle_failed(self, sandbox_id: str, message: str) -> Sandbox | None:
         """Nothing of it runs any more, because of `message`. None if its end is wanted."""
         return self._change(
-            "status = 'failed', status_changed_at = :now, started_at = NULL,"
+            "status = 'failed', status_changed_at = :now, started_at = NULL, status_detail = NULL,"
             f" error_message = :message, {_CLOCK_STOPS}",
             "wanted IS NULL",
             sandbox_id,
@@ -403,7 +488,7 @@ class Registry:
     def expire_due(self) -> Sequence[str]:
         """Mark those whose time is over; their ids. A renewal before wins, one after is refused."""
         due = (
-            "status = 'running' AND expires_boot <= :boot AND boot_id = :boot_id"
+            "status IN ('running', 'paused') AND expires_boot <= :boot AND boot_id = :boot_id"
             " AND deleted_at IS NULL"
         )
         times = self._times()
@@ -425,7 +510,8 @@ class Registry:
             "deleted_at = :now, deleted_reason = coalesce(deleted_reason, :reason),"
             " status = 'stopped', wanted = NULL, visit = NULL, expires_boot = NULL,"
             # Not needed to say when and why, and it may hold secrets.
-            " spec = '{}', state = '{}', metadata = '{}', error_message = NULL",
+            " spec = '{}', state = '{}', metadata = '{}', error_message = NULL,"
+            " status_detail = NULL",
             "1",
             sandbox_id,
             {"reason": DELETED},
@@ -513,6 +599,107 @@ class Registry:
         """Close what this process opened."""
         self._file.close()
 
+    # -- images ----------------------------------------------------------------------------------
+
+    def images(self) -> Sequence[Image]:
+        """Every image, those without a name too, oldest first."""
+        rows = self._file.read(f"SELECT {_IMAGE_COLUMNS} FROM images ORDER BY created_at, digest")
+        return [_image(row) for row in rows]
+
+    def image(self, name: str) -> Image | None:
+        """The image of this name or digest."""
+        rows = self._file.read(
+            f"SELECT {_IMAGE_COLUMNS} FROM images"
+            " WHERE digest = coalesce((SELECT digest FROM image_names WHERE name = :name), :name)",
+            {"name": name},
+        )
+        return _image(rows[0]) if rows else None
+
+    def had_image(self, name: str) -> bool:
+        """Whether an image of this name is here, or was once."""
+        return bool(self._file.read("SELECT 1 FROM image_names WHERE name = ?", (name,)))
+
+    def add_image(self, image: Image) -> Image:
+        """Write an image, its files being in their place, and give it its `names`, which others may
+        have had. One that is here already keeps what it has and gets the names as well."""
+
+        def work(connection: sqlite3.Connection) -> Image:
+            connection.execute(
+                "INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    image.digest,
+                    image.size_bytes,
+                    image.created_at,
+                    image.source,
+                    image.devices,
+                    _dump(vars(image.config)),
+                ),
+            )
+            for name in image.names:
+                connection.execute(
+                    "INSERT OR REPLACE INTO image_names VALUES (?, ?)", (name, image.digest)
+                )
+            query = f"SELECT {_IMAGE_COLUMNS} FROM images WHERE digest = ?"
+            return _image(_one(connection, query, image.digest))
+
+        return self._file.write(work)
+
+    def remove_image(self, name: str) -> str | None:
+        """Take away a name, and the image with its last one: the digest of what is to be erased.
+
+        By digest, all its names. `Conflict` naming the sandboxes that use it where that would be
+        its end, `NotFound` where there is none.
+        """
+
+        def work(connection: sqlite3.Connection) -> str | None:
+            rows = connection.execute(
+                "SELECT digest, 1 FROM image_names WHERE name = :name AND digest IS NOT NULL"
+                " UNION ALL SELECT digest, 0 FROM images WHERE digest = :name",
+                {"name": name},
+            ).fetchall()
+            if not rows:
+                raise NotFound(f"Image not found: {name}")
+            digest, by_name = rows[0]
+            rest = "SELECT 1 FROM image_names WHERE digest = ?" + (
+                " AND name != ?" if by_name else " AND 0"
+            )
+            others = connection.execute(rest, (digest, name) if by_name else (digest,)).fetchall()
+            users = _users(connection, digest)
+            if users and not others:
+                raise Conflict(f"image {name!r} is used by {_enumerated(users)}: delete them first")
+            where = "name = ?" if by_name else "digest = ?"
+            connection.execute(f"UPDATE image_names SET digest = NULL WHERE {where}", (name,))
+            if others:
+                return None
+            connection.execute("DELETE FROM images WHERE digest = ?", (digest,))
+            return str(digest)
+
+        return self._file.write(work, vital=True)
+
+    def prune_images(self, *, nameless: bool) -> Sequence[Image]:
+        """Take away every image that no sandbox uses (`nameless`: of those, only the ones without a
+        name); what is to be erased."""
+
+        def work(connection: sqlite3.Connection) -> Sequence[Image]:
+            rows = connection.execute(f"SELECT {_IMAGE_COLUMNS} FROM images").fetchall()
+            goners = [
+                image
+                for image in map(_image, rows)
+                if not (nameless and image.names) and not _users(connection, image.digest)
+            ]
+            for image in goners:
+                connection.execute("DELETE FROM images WHERE digest = ?", (image.digest,))
+                connection.execute(
+                    "UPDATE image_names SET digest = NULL WHERE digest = ?", (image.digest,)
+                )
+            return goners
+
+        return self._file.write(work, vital=True)
+
+    def image_users(self, digest: str) -> Sequence[str]:
+        """The slugs of the sandboxes that use this image."""
+        return [row[0] for row in self._file.read(_USERS, (digest,))]
+
     # -- rows ------------------------------------------------------------------------------------
 
     def _sandbox(self, row: Row) -> Sandbox:
@@ -534,6 +721,8 @@ class Registry:
             state=_load(row[16], {}),
             warnings=tuple(_load(row[17], ())),
             metadata=_load(row[18], {}),
+            status_detail=row[19],
+            oom_kills=row[20],
             **_spec_fields(spec),
         )
 
@@ -586,6 +775,7 @@ class Registry:
             raise IdTaken(f"the id {sandbox.id} is taken")
         if sandbox.slug and _any(connection, _BY_SLUG, sandbox.slug):
             raise Conflict(f"the slug {sandbox.slug!r} is taken: choose another, or leave it out")
+        _demand_image(connection, sandbox)
         if sandbox.id_base is not None and _any(
             connection,
             "SELECT 1 FROM sandboxes WHERE deleted_at IS NULL AND id_base = ?",
@@ -904,11 +1094,17 @@ def rfc3339(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
+def _enumerated(slugs_: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(slugs_) - most} more" if len(slugs_) > most else ""
+    return ", ".join(map(repr, slugs_[:most])) + more
+
+
 def _amendment(renew: bool) -> str:
     counted = (
         ", ttl_left = :ttl_seconds,"
-        " expires_boot = CASE WHEN status = 'running' THEN :boot + :ttl_seconds END,"
-        " expires_at = CASE WHEN status = 'running' THEN :now + :ttl_seconds END"
+        " expires_boot = CASE WHEN status IN ('running', 'paused')"
+        " THEN :boot + :ttl_seconds END,"
+        " expires_at = CASE WHEN status IN ('running', 'paused') THEN :now + :ttl_seconds END"
     )
     return (
         "UPDATE sandboxes SET name = :name, ttl_seconds = :ttl_seconds, spec = :spec,"
@@ -933,6 +1129,11 @@ def _user_columns(sandbox: Sandbox) -> dict[str, object]:
                 "env_vars": dict(sandbox.env_vars),
                 "setup_hooks": sandbox.setup_hooks,
                 "mounts": [vars(mount) for mount in sandbox.mounts],
+                "network": vars(sandbox.network),
+                "limits": vars(sandbox.limits),
+                "size_class": sandbox.size_class,
+                "image_config": vars(sandbox.image_config),
+                "ids": sandbox.ids,
             }
         ),
         "warnings": _dump(sandbox.warnings),
@@ -944,7 +1145,45 @@ def _spec_fields(spec: dict[str, Any]) -> dict[str, Any]:
     for name in ("open_ports", "setup_hooks"):
         spec[name] = tuple(spec.get(name, ()))
     spec["mounts"] = tuple(Mount(**mount) for mount in spec.get("mounts", ()))
+    if "network" in spec:
+        spec["network"] = Network(**{k: _frozen(v) for k, v in spec["network"].items()})
+        spec["limits"] = Limits(**spec["limits"])
+        spec["image_config"] = _image_config(spec["image_config"])
+    elif spec:
+        # Made by a version that knew no networks: it had none.
+        spec["network"] = Network("none")
     return spec
+
+
+def _image_config(fields: Mapping[str, Any]) -> ImageConfig:
+    return ImageConfig(**{name: _frozen(value) for name, value in fields.items()})
+
+
+def _image(row: Row) -> Image:
+    return Image(
+        digest=row[0],
+        size_bytes=row[1],
+        created_at=row[2],
+        source=row[3],
+        devices=row[4],
+        config=_image_config(json.loads(row[5])),
+        names=tuple(sorted(json.loads(row[6]))),
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _demand_image(connection: sqlite3.Connection, sandbox: Sandbox) -> None:
+    if sandbox.image_resolved in ("", HOST_IMAGE):
+        return
+    if not _any(connection, "SELECT 1 FROM images WHERE digest = ?", sandbox.image_resolved):
+        raise ImageGone(f"image {sandbox.image!r} ({sandbox.image_resolved}) was removed just now")
+
+
+def _users(connection: sqlite3.Connection, digest: str) -> list[str]:
+    return [row[0] for row in connection.execute(_USERS, (digest,)).fetchall()]
 
 
 def _dump(value: object) -> str:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from heyvm.errors import Misconfigured
+from heyvm.models import Limits
 
 TRUE = frozenset({"1", "true", "yes", "on"})
 FALSE = frozenset({"", "0", "false", "no", "off"})
 DEFAULT_MOUNT_ROOTS = ("/home", "/srv", "/mnt", "/media", "/opt", "/tmp", "/var/tmp")
+DEFAULT_IMAGES: Mapping[str, str] = {
+    "shell": "host",
+    "python": "python:3.12-slim",
+    "node": "node:22-slim",
+}
+LEAST_CPUS = 0.01
 SHORT_SECRET_BYTES = 32  # RFC 7518 section 3.2: a key for HS256 has at least the hash's size
 
 
@@ -35,6 +44,20 @@ KNOWN = (
     Setting("HEYVM_RUN_DIR", "/run/heyvm, or $XDG_RUNTIME_DIR/heyvm", "sockets and locks"),
     Setting("HEYVM_ALLOW_OPEN", "0", "1: answer other machines without JWT_SECRET"),
     Setting("HEYVM_STRICT_IMAGES", "0", "1: an image that is not here is always a 422"),
+    Setting("HEYVM_IMAGE_SHELL", "host", "the image of a `shell` that names none"),
+    Setting("HEYVM_IMAGE_PYTHON", "python:3.12-slim", "the image of a `python` that names none"),
+    Setting("HEYVM_IMAGE_NODE", "node:22-slim", "the image of a `node` that names none"),
+    Setting("HEYVM_INSECURE_REGISTRIES", "", "registries (host:port, commas) without TLS"),
+    Setting(
+        "HEYVM_SUBNET", "198.18.0.0/15", "the sandboxes' own addresses; yours use no part of it"
+    ),
+    Setting("HEYVM_DEFAULT_CPUS", "unlimited", "cores of a sandbox that asks for none"),
+    Setting("HEYVM_DEFAULT_MEMORY", "half of the machine's", "its memory: 512m, 2g, bytes"),
+    Setting("HEYVM_DEFAULT_PIDS", "4096", "its processes and threads"),
+    Setting("HEYVM_MAX_CPUS", "unlimited", "the most cores that may be asked for"),
+    Setting("HEYVM_MAX_MEMORY", "unlimited", "the most memory"),
+    Setting("HEYVM_MAX_PIDS", "unlimited", "the most processes and threads"),
+    Setting("HEYVM_MAX_DISK_GB", "250", "the most `disk_size_gb`"),
     Setting("HEYVM_MAX_SANDBOXES", "unlimited", "how many sandboxes may exist"),
     Setting("HEYVM_MAX_UPLOAD_BYTES", "unlimited", "the largest upload, in bytes"),
     Setting("HEYVM_MOUNT_ROOTS", ":".join(DEFAULT_MOUNT_ROOTS) + " and ~", "where mounts may lie"),
@@ -62,6 +85,11 @@ class Settings:
     auth_server_url: str | None = None
     allow_open: bool = False
     strict_images: bool = False
+    images: Mapping[str, str] = field(default_factory=lambda: DEFAULT_IMAGES)
+    insecure_registries: tuple[str, ...] = ()
+    subnet: str = "198.18.0.0/15"
+    default_limits: Limits = field(default_factory=lambda: Limits(pids=4096))
+    max_limits: Limits = field(default_factory=lambda: Limits(disk_size_gb=250))
     max_sandboxes: int | None = None
     max_upload_bytes: int | None = None
     mount_roots: tuple[Path, ...] = tuple(Path(root) for root in DEFAULT_MOUNT_ROOTS)
@@ -95,6 +123,20 @@ def from_env(environ: Mapping[str, str]) -> Settings:
         or ("http://localhost:3001" if dev else None),
         allow_open=_flag(environ, "HEYVM_ALLOW_OPEN"),
         strict_images=_flag(environ, "HEYVM_STRICT_IMAGES"),
+        images=_images(environ),
+        insecure_registries=_list(environ, "HEYVM_INSECURE_REGISTRIES"),
+        subnet=_subnet(environ),
+        default_limits=Limits(
+            cpus=_cores(environ, "HEYVM_DEFAULT_CPUS"),
+            memory=_bytes(environ, "HEYVM_DEFAULT_MEMORY", machine_memory() // 2),
+            pids=_count(environ, "HEYVM_DEFAULT_PIDS", 4096),
+        ),
+        max_limits=Limits(
+            cpus=_cores(environ, "HEYVM_MAX_CPUS"),
+            memory=_bytes(environ, "HEYVM_MAX_MEMORY", None),
+            pids=_count(environ, "HEYVM_MAX_PIDS"),
+            disk_size_gb=_count(environ, "HEYVM_MAX_DISK_GB", 250),
+        ),
         max_sandboxes=_count(environ, "HEYVM_MAX_SANDBOXES"),
         max_upload_bytes=_count(environ, "HEYVM_MAX_UPLOAD_BYTES"),
         mount_roots=_mount_roots(environ),
@@ -144,13 +186,61 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     return value in TRUE
 
 
-def _count(environ: Mapping[str, str], name: str) -> int | None:
+def _count(environ: Mapping[str, str], name: str, default: int | None = None) -> int | None:
     value = environ.get(name, "").strip()
-    if value in ("", "unlimited"):
+    if value == "":
+        return default
+    if value == "unlimited":
         return None
     if not value.isascii() or not value.isdigit():
         raise Misconfigured(f"{name} is {value!r}: say a whole number, or leave it out")
     return int(value)
+
+
+def _cores(environ: Mapping[str, str], name: str) -> float | None:
+    value = environ.get(name, "").strip()
+    if value in ("", "unlimited"):
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", value) or float(value) < LEAST_CPUS:
+        raise Misconfigured(f"{name} is {value!r}: say a number of cores, {LEAST_CPUS} or more")
+    return float(value)
+
+
+def _bytes(environ: Mapping[str, str], name: str, default: int | None) -> int | None:
+    value = environ.get(name, "").strip().lower()
+    if value in ("", "unlimited"):
+        return None if value else default
+    found = re.fullmatch(r"([0-9]{1,15})([kmgt]?)i?b?", value)
+    if not found or int(found[1]) == 0:
+        raise Misconfigured(f"{name} is {value!r}: say bytes, or 512m, 2g")
+    return int(found[1]) << (10 * " kmgt".index(found[2] or " "))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _images(environ: Mapping[str, str]) -> Mapping[str, str]:
+    return {
+        kind: environ.get(f"HEYVM_IMAGE_{kind.upper()}", "").strip() or image
+        for kind, image in DEFAULT_IMAGES.items()
+    }
+
+
+def _list(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[,\s]+", environ.get(name, "")) if word)
+
+
+def _subnet(environ: Mapping[str, str]) -> str:
+    value = environ.get("HEYVM_SUBNET", "").strip() or "198.18.0.0/15"
+    try:
+        network = ipaddress.IPv4Network(value)
+    except ValueError as error:
+        raise Misconfigured(f"HEYVM_SUBNET is {value!r}: {error}") from None
+    if not 8 <= network.prefixlen <= 24:
+        raise Misconfigured(f"HEYVM_SUBNET is {value!r}: say a network of /8 to /24")
+    return str(network)
 
 
 def _notices(environ: Mapping[str, str], secret: str | None) -> list[str]:

@@ -5,12 +5,33 @@ from __future__ import annotations
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from heyvm.errors import Unsupported
-from heyvm.models import Mount, Sandbox
+from heyvm.models import CreateSpec, Mount, Network, Sandbox
 
 State = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a sandbox will have. `ids` as in `Sandbox.ids`."""
+
+    network: Network
+    ids: str = "single"
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Counters of one sandbox: CPU time in seconds, bytes and processes now, and how many of its
+    processes the memory limit has ended since its box came up. None: cannot be known."""
+
+    cpu_s: float | None = None
+    memory_bytes: int | None = None
+    pids: int | None = None
+    oom_kills: int | None = None
 
 
 class Backend(ABC):
@@ -76,6 +97,23 @@ class Backend(ABC):
     def change_mounts(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
         """Change a running sandbox's mounts now: True; False: only a start can."""
         raise Unsupported(f"backend {self.name} cannot change the mounts of a running sandbox")
+
+    def check_spec(self, spec: CreateSpec) -> Offer:
+        """What of this request can be had on this machine. Raises `Invalid` for what was asked for
+        by name and cannot; for what is only a default, the offer's warnings say so."""
+        return Offer(network=spec.network or Network("none"))
+
+    def pause(self, sandbox: Sandbox) -> None:
+        """Halt every process of a running sandbox where it stands; twice is fine."""
+        raise Unsupported(f"backend {self.name} cannot pause a sandbox")
+
+    def resume(self, sandbox: Sandbox) -> None:
+        """Let every process of a paused sandbox go on; twice is fine."""
+        raise Unsupported(f"backend {self.name} cannot pause a sandbox")
+
+    def usage(self, sandbox: Sandbox) -> Reading:
+        """What a running sandbox has used until now. Never raises: what is unknown is None."""
+        return Reading()
 
     @abstractmethod
     def sweep(self, strays: frozenset[str]) -> None:
