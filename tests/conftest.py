@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.images import ImageRegistry
 from tests.server import Server, Session
 
 Record = dict[str, Any]
@@ -54,3 +55,10 @@ def sandbox(http: Session) -> Iterator[Callable[..., Record]]:
     yield create
     for ref in made:
         assert http.delete(f"/sandboxes/{ref}").status_code in (204, 404)
+
+
+@pytest.fixture(scope="session")
+def image_registry() -> Iterator[ImageRegistry]:
+    """A registry for images, on loopback, empty at first; see tests/images.py."""
+    with ImageRegistry() as registry:
+        yield registry
