@@ -27,9 +27,9 @@ from typing import Any
 
 from heyvm import guest
 from heyvm.backends import bundle, cgroups, hostdirs, hostfiles, pids, ranges, seccomp, trees
-from heyvm.backends.base import Backend, State
+from heyvm.backends.base import Backend, Offer, State
 from heyvm.errors import BackendFailed, HeyvmError, Invalid, StorageFull, Unavailable
-from heyvm.models import Mount, Sandbox
+from heyvm.models import CreateSpec, Mount, Network, Sandbox
 from heyvm.settings import Settings
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -134,6 +134,28 @@ class Bubblewrap(Backend):
 
     def allocate(self, taken: frozenset[int]) -> int | None:
         return ranges.free(self.mark, taken) if self.root else None
+
+    # --- what can be had ------------------------------------------------------------------------
+
+    def check_spec(self, spec: CreateSpec) -> Offer:
+        network, about_network = self._offer_network(spec)
+        return Offer(
+            network=network,
+            ids=self._offer_ids(),
+            warnings=(*about_network, *self._offer_limits(spec), *self._offer_disk(spec)),
+        )
+
+    def _offer_network(self, spec: CreateSpec) -> tuple[Network, tuple[str, ...]]:
+        return spec.network or Network("none"), ()
+
+    def _offer_limits(self, spec: CreateSpec) -> tuple[str, ...]:
+        return ()
+
+    def _offer_ids(self) -> str:
+        return "range" if self.root else "single"
+
+    def _offer_disk(self, spec: CreateSpec) -> tuple[str, ...]:
+        return ()
 
     # --- starting -------------------------------------------------------------------------------
 
