@@ -926,9 +926,11 @@ class StartCommand:
 
     def _start(self, request: Fields) -> None:
         text = octets(request, "command", b"")
-        if not text:
+        if text:
+            request = {**request, "argv": [b"/bin/sh", b"-c", text]}
+        elif not request.get("argv"):
             return
-        request = {**request, "argv": [b"/bin/sh", b"-c", text], "log": b"start"}
+        request = {**request, "log": b"start"}
         command = Command(self.agent, request, None)
         command.on_end = self._tell
         command.start(Plan(self.agent, request), feed=False)

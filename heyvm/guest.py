@@ -76,7 +76,7 @@ class FileHead:
 
 def base_environment(sandbox: Sandbox) -> dict[str, str]:
     """What every command of a sandbox finds set. The agent adds HOME, USER and LOGNAME."""
-    return {"PATH": PATH, "LANG": "C.UTF-8", **sandbox.env_vars}
+    return {"PATH": PATH, "LANG": "C.UTF-8", **sandbox.image_config.env, **sandbox.env_vars}
 
 
 class Conversation:
@@ -275,10 +275,20 @@ def go(
     talk.answer(Subject("the working directory", "working_directory"))
 
 
-def start_command(sock: socket.socket, command: str, cwd: str, env: Mapping[str, str]) -> None:
-    """Replace the start command; an empty one only ends what runs. Returns once it has started."""
+def start_command(
+    sock: socket.socket,
+    command: str,
+    cwd: str,
+    env: Mapping[str, str],
+    *,
+    argv: Sequence[str] = (),
+    user: str = "",
+) -> None:
+    """Replace the start command: a line for the shell, or `argv`; neither only ends what runs.
+    Returns once it has started."""
     talk = Conversation(sock)
-    talk.ask({"op": "start", "command": command, "cwd": cwd, "env": dict(env)})
+    fields: dict[str, frames.Writable] = {"op": "start", "command": command, "cwd": cwd}
+    talk.ask({**fields, "env": dict(env), "argv": tuple(argv), "user": user})
     talk.answer(Subject("the start command", "start_command"), START_COMMAND_TIMEOUT_S)
 
 

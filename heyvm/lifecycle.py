@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from heyvm import guest, locks, slugs
 from heyvm.backends.base import Backend
@@ -24,19 +24,38 @@ from heyvm.errors import (
     Conflict,
     HeyvmError,
     HookFailed,
+    ImageMissing,
     Invalid,
     NotFound,
     StorageFull,
     Unavailable,
 )
 from heyvm.locks import SandboxLock
-from heyvm.models import CreateSpec, ExecResult, Page, Sandbox, Status
-from heyvm.registry import DELETED, BaseTaken, Entry, IdempotencyKey, IdTaken, Registry
+from heyvm.models import (
+    UP,
+    CreateSpec,
+    ExecResult,
+    Image,
+    ImageConfig,
+    Limits,
+    Page,
+    Sandbox,
+    Status,
+)
+from heyvm.registry import (
+    DELETED,
+    HOST_IMAGE,
+    BaseTaken,
+    Entry,
+    IdempotencyKey,
+    IdTaken,
+    ImageGone,
+    Registry,
+)
 from heyvm.settings import Settings
 
 Connect = Callable[[], socket.socket]
 
-HOST_IMAGE = "host"
 DEFAULT_DIRECTORY = "/workspace"
 STOP_GRACE_S = 10.0
 TURN_PATIENCE_S = 30.0
@@ -48,6 +67,17 @@ DRAWS = 100
 HOOK_OUTPUT_BYTES = 4 * 1024 * 1024
 HOOK_TAIL_LINES = 20
 MESSAGE_CHARS = 4096
+GIB = 1 << 30
+# Cores and bytes; what heyvm's clients call them. `xlarge` is ours: theirs is not published.
+SIZE_CLASSES: Mapping[str, tuple[float, int]] = {
+    "micro": (0.25, GIB // 2),
+    "mini": (0.5, GIB),
+    "small": (1, 2 * GIB),
+    "medium": (2, 4 * GIB),
+    "large": (4, 8 * GIB),
+    "xlarge": (8, 16 * GIB),
+}
+IMAGE_TRIES = 5
 SETTLED = frozenset({Status.RUNNING, Status.STOPPED, Status.FAILED, Status.PAUSED})
 # Refusals to begin at all: a create that ends so, before there is a box, leaves no row.
 REFUSALS = (Invalid, Unavailable)
@@ -59,16 +89,31 @@ LEFT_STARTING = (
 log = logging.getLogger(__name__)
 
 
+class Images(Protocol):
+    """What is asked of the image store; see images.py."""
+
+    def find(self, name: str) -> Image | None: ...
+
+    def known(self, name: str) -> bool: ...
+
+    def ensure(self, name: str, tell: Callable[[str], None]) -> Image: ...
+
+
 class Lifecycle:
     """The lifecycle of every sandbox in `registry`. Safe from any number of threads, greenlets and
     processes; holds nothing that another process would need."""
 
     def __init__(
-        self, registry: Registry, backends: Mapping[str, Backend], settings: Settings
+        self,
+        registry: Registry,
+        backends: Mapping[str, Backend],
+        settings: Settings,
+        images: Images | None = None,
     ) -> None:
         self.registry = registry
         self.backends = backends
         self.settings = settings
+        self._images = images
         self._locks = settings.run_dir / "locks"
         self._admission = threading.Lock()
 
@@ -103,7 +148,7 @@ class Lifecycle:
 
     def uptime(self, sandbox: Sandbox) -> float:
         """Seconds since it began to run; 0 while it does not."""
-        if sandbox.status is not Status.RUNNING or sandbox.started_at is None:
+        if sandbox.status not in UP or sandbox.started_at is None:
             return 0.0
         return max(0.0, self.registry.clock.wall() - sandbox.started_at)
 
@@ -147,14 +192,15 @@ class Lifecycle:
         earlier = self.registry.replay(key) if key is not None else None
         if earlier is not None:
             return self._settled(earlier, wait), True
-        sandbox, held = self._admit(self._draft(spec), key)
+        sandbox, held = self._admit(spec, key)
         if held is None:
             return self._settled(sandbox.id, wait), True
         log.debug("create %s (%s)", sandbox.id, sandbox.slug)
+        or_host = spec.backend_type is None and not self.settings.strict_images
         if wait:
-            return self._provision(sandbox, held), False
-        work = threading.Thread(target=self._provision_unseen, args=(sandbox, held), daemon=True)
-        work.start()
+            return self._provision(sandbox, held, or_host), False
+        work = partial(self._provision_unseen, sandbox, held, or_host)
+        threading.Thread(target=work, daemon=True).start()
         return sandbox, False
 
     def _settled(self, sandbox_id: str, wait: bool) -> Sandbox:
@@ -170,9 +216,12 @@ class Lifecycle:
     def _draft(self, spec: CreateSpec) -> Sandbox:
         """The sandbox as asked for, all but its id; or `Invalid`."""
         backend = self._choose_backend(spec.backend_type)
-        resolved, image_warnings = self._resolve_image(spec)
+        limits = limits_of(spec, self.settings)
+        image = self._image_here(self._image_name(spec.image, spec.sandbox_type))
         for mount in spec.mounts:
             backend.check_mount(mount)
+        offer = backend.check_spec(replace(spec, **vars(limits)))
+        config, complaints = _config(image, offer.ids)
         now = self.registry.clock.wall()
         return Sandbox(
             id="",
@@ -182,18 +231,23 @@ class Lifecycle:
             status_changed_at=now,
             created_at=now,
             backend_type=backend.name,
-            image_resolved=resolved,
+            image_resolved=image.digest if image else "",
+            image_config=config,
             sandbox_type=spec.sandbox_type,
             image=spec.image,
             ttl_seconds=_ttl(spec.ttl_seconds),
             start_command=spec.start_command or None,
-            working_directory=spec.working_directory or DEFAULT_DIRECTORY,
+            working_directory=_directory(spec.working_directory, image),
             open_ports=spec.open_ports,
             env_vars=spec.env_vars,
             setup_hooks=spec.setup_hooks,
             mounts=spec.mounts,
-            warnings=(*image_warnings, *_warnings(spec)),
+            warnings=(*offer.warnings, *complaints, *_warnings(spec)),
             metadata=spec.metadata,
+            network=offer.network,
+            limits=limits,
+            size_class=spec.size_class,
+            ids=offer.ids,
         )
 
     def _choose_backend(self, name: str | None) -> Backend:
@@ -214,18 +268,49 @@ class Lifecycle:
         complaint = f"{detail}; available: {', '.join(there) or 'none'}"
         return Invalid(complaint, errors={"backend_type": [complaint]})
 
-    def _resolve_image(self, spec: CreateSpec) -> tuple[str, tuple[str, ...]]:
-        if spec.image in (None, "", HOST_IMAGE):
-            return HOST_IMAGE, ()
-        if spec.backend_type is None and not self.settings.strict_images:
-            return HOST_IMAGE, (f"image {spec.image!r} is not on this server: it runs on 'host'",)
-        complaint = f"image {spec.image!r} is not on this server; available: {HOST_IMAGE}"
+    # -- images ----------------------------------------------------------------------------------
+
+    def _image_name(self, image: str | None, sandbox_type: str) -> str:
+        return image or self.settings.images.get(sandbox_type, HOST_IMAGE)
+
+    def _image_here(self, name: str) -> Image | None:
+        """The image of this name if this server has it; `Invalid` where it cannot be a name."""
+        if name == HOST_IMAGE:
+            return Image(HOST_IMAGE, (HOST_IMAGE,), 0, 0.0)
+        if self._images is not None:
+            return self._images.find(name)
+        complaint = f"image {name!r} is not on this server; available: {HOST_IMAGE}"
         raise Invalid(complaint, errors={"image": [complaint]})
 
+    def _with_image(self, sandbox: Sandbox, or_host: bool) -> Sandbox:
+        """The sandbox with its image, which is fetched where it is not here yet.
+
+        `or_host`: one that this server never had, and that cannot be had, gives way to `host`.
+        """
+        assert self._images is not None
+        name = self._image_name(sandbox.image, sandbox.sandbox_type)
+        tell = partial(self._tell, sandbox)
+        for _ in range(IMAGE_TRIES):
+            try:
+                image = self._images.ensure(name, tell)
+            except ImageMissing as missing:
+                if not or_host or self._images.known(name):
+                    raise
+                warning = f"it runs on 'host', as image {name!r} cannot be had: {missing.detail}"
+                return self.registry.resolve(sandbox.id, partial(_on_host, warning=warning))
+            with suppress(ImageGone):
+                return self.registry.resolve(sandbox.id, partial(_on_image, image=image))
+        raise Unavailable(f"image {name!r} is removed as often as it is fetched: try again")
+
+    def _tell(self, sandbox: Sandbox, text: str) -> None:
+        if not self.registry.detail(sandbox.id, text):
+            raise self._interrupted(sandbox)
+
     def _admit(
-        self, draft: Sandbox, key: IdempotencyKey | None
+        self, spec: CreateSpec, key: IdempotencyKey | None
     ) -> tuple[Sandbox, SandboxLock | None]:
         """Write the row. Its lock comes with it, unless `key` was used meanwhile."""
+        draft = self._draft(spec)
         for _ in range(DRAWS):
             sandbox_id = f"sb-{secrets.token_hex(4)}"
             # Held before the row can be seen: the keeper settles each passing row that nobody
@@ -240,6 +325,10 @@ class Lifecycle:
                 continue
             except BaseTaken:
                 held.discard()  # no sandbox has this id
+                continue
+            except ImageGone:
+                held.discard()
+                draft = self._draft(spec)
                 continue
             except HeyvmError:
                 held.discard()
@@ -264,21 +353,24 @@ class Lifecycle:
             )
             return self.registry.add(sandbox, limit=self.settings.max_sandboxes, key=key)
 
-    def _provision(self, sandbox: Sandbox, held: SandboxLock) -> Sandbox:
+    def _provision(
+        self, sandbox: Sandbox, held: SandboxLock, or_host: bool, *, seen: bool = True
+    ) -> Sandbox:
+        """`seen`: somebody waits for the answer, and need not find a row to learn of a refusal."""
         note = _Note(partial(self.registry.record, sandbox.id))
         with held:
             try:
-                return self._bring_up(sandbox, note, hooks=sandbox.setup_hooks)
+                return self._bring_up(sandbox, note, hooks=sandbox.setup_hooks, or_host=or_host)
             except HeyvmError as error:
-                if isinstance(error, REFUSALS) and not note.written:
+                if seen and isinstance(error, REFUSALS) and not note.written:
                     self._unmake(sandbox, held)
                 else:
                     self._break(sandbox, error)
                 raise
 
-    def _provision_unseen(self, sandbox: Sandbox, held: SandboxLock) -> None:
+    def _provision_unseen(self, sandbox: Sandbox, held: SandboxLock, or_host: bool) -> None:
         try:
-            self._provision(sandbox, held)
+            self._provision(sandbox, held, or_host, seen=False)
         except HeyvmError as error:
             log.debug("create %s failed: %s", sandbox.id, error.detail)
 
@@ -290,11 +382,47 @@ class Lifecycle:
     # -- start and stop --------------------------------------------------------------------------
 
     def start(self, ref: str) -> Sandbox:
-        """Running once this returns; a running one stays as it is."""
+        """Running once this returns; a running one stays as it is, a paused one goes on."""
         with self.turn(ref) as sandbox:
-            if self._is_up(sandbox):
+            if not self._is_up(sandbox):
+                return self._start(sandbox)
+            return self._resume(sandbox) if sandbox.status is Status.PAUSED else sandbox
+
+    def pause(self, ref: str) -> Sandbox:
+        """Halt every process of it where it stands. Its time to live goes on."""
+        with self.turn(ref) as sandbox:
+            if sandbox.status is Status.PAUSED:
                 return sandbox
-            return self._start(sandbox)
+            if sandbox.status is not Status.RUNNING:
+                raise Conflict(f"sandbox {sandbox.slug!r} is {sandbox.status}: start it first")
+            # The row first: of the two things that a death in between can leave, a sandbox that is
+            # said to be paused and runs is mended by resume; one that hangs explains nothing.
+            paused = self._settled_paused(sandbox, True)
+            try:
+                self.backend_of(sandbox).pause(sandbox)
+            except HeyvmError:
+                self._settled_paused(sandbox, False)
+                raise
+            return paused
+
+    def resume(self, ref: str) -> Sandbox:
+        """Let a paused one go on; a running one stays as it is."""
+        with self.turn(ref) as sandbox:
+            if sandbox.status is Status.RUNNING:
+                return sandbox
+            if sandbox.status is not Status.PAUSED:
+                raise Conflict(f"sandbox {sandbox.slug!r} is {sandbox.status}: it is not paused")
+            return self._resume(sandbox)
+
+    def _resume(self, sandbox: Sandbox) -> Sandbox:
+        self.backend_of(sandbox).resume(sandbox)
+        return self._settled_paused(sandbox, False)
+
+    def _settled_paused(self, sandbox: Sandbox, paused: bool) -> Sandbox:
+        settled = self.registry.settle_paused(sandbox.id, paused)
+        if settled is None:
+            raise self._interrupted(sandbox)
+        return settled
 
     def stop(self, ref: str) -> Sandbox:
         """Ask its processes to end, kill what is left after 10 s. Files stay."""
@@ -333,7 +461,9 @@ class Lifecycle:
                 backend.stop(sandbox, grace=0)
             if any(mount.pending for mount in claimed.mounts):
                 claimed = self.registry.amend(sandbox.id, _with_mounts_in_effect)
-            return self._bring_up(claimed, note)
+            # One that never had its image never came as far as its hooks.
+            hooks = () if claimed.image_resolved else claimed.setup_hooks
+            return self._bring_up(claimed, note, hooks)
         except HeyvmError as error:
             self._break(sandbox, error)
             raise
@@ -342,7 +472,10 @@ class Lifecycle:
         if sandbox.status is Status.STOPPED:
             return sandbox
         log.debug("stop %s", sandbox.id)
-        return self._end(self._claimed(sandbox, Status.STOPPING), grace=grace)
+        claimed = self._claimed(sandbox, Status.STOPPING)
+        if sandbox.status is Status.PAUSED:
+            self.backend_of(sandbox).resume(sandbox)
+        return self._end(claimed, grace=grace)
 
     def _end(self, sandbox: Sandbox, *, grace: float) -> Sandbox:
         self.backend_of(sandbox).stop(sandbox, grace=grace)
@@ -351,8 +484,12 @@ class Lifecycle:
             raise self._interrupted(sandbox)
         return settled
 
-    def _bring_up(self, sandbox: Sandbox, note: _Note, hooks: Sequence[str] = ()) -> Sandbox:
+    def _bring_up(
+        self, sandbox: Sandbox, note: _Note, hooks: Sequence[str] = (), *, or_host: bool = False
+    ) -> Sandbox:
         backend = self.backend_of(sandbox)
+        if not sandbox.image_resolved:
+            sandbox = self._with_image(sandbox, or_host)
         environment = guest.base_environment(sandbox)
         with backend.start(sandbox, note) as first:
             guest.go(first, environment, sandbox.working_directory, visit=False)
@@ -366,17 +503,20 @@ class Lifecycle:
         return settled
 
     def _run_start_command(self, sandbox: Sandbox) -> None:
-        if not sandbox.start_command:
-            return
-        self._tell_start_command(sandbox)
+        if sandbox.start_command or sandbox.image_config.command:
+            self._tell_start_command(sandbox)
 
     def _tell_start_command(self, sandbox: Sandbox) -> None:
+        """Its own, or its image's where it has none."""
+        command = sandbox.start_command or ""
         with self.backend_of(sandbox).connect(sandbox) as connection:
             guest.start_command(
                 connection,
-                sandbox.start_command or "",
+                command,
                 sandbox.working_directory,
                 guest.base_environment(sandbox),
+                argv=() if command else sandbox.image_config.command,
+                user=sandbox.image_config.user,
             )
 
     def _run_hook(self, sandbox: Sandbox, number: int, hook: str) -> None:
@@ -399,8 +539,7 @@ class Lifecycle:
             )
 
     def _is_up(self, sandbox: Sandbox) -> bool:
-        running = sandbox.status is Status.RUNNING
-        return running and self.backend_of(sandbox).poll(sandbox) is None
+        return sandbox.status in UP and self.backend_of(sandbox).poll(sandbox) is None
 
     def _claimed(self, sandbox: Sandbox, become: Status) -> Sandbox:
         # Who holds the lock may take it from any state: a force-stop may just have moved it on.
@@ -482,6 +621,7 @@ class Lifecycle:
         if sandbox.status is not Status.RUNNING:
             with self.turn(sandbox.id) as sandbox:
                 if sandbox.status is not Status.RUNNING:
+                    _demand_visitable(sandbox)
                     with self._box_for_visit(sandbox) as visited:
                         yield partial(self.backend_of(visited).connect, visited)
                     return
@@ -559,7 +699,7 @@ class Lifecycle:
         elif sandbox.status is Status.PROVISIONING:
             self.backend_of(sandbox).stop(sandbox, grace=0)
             self.registry.settle_failed(sandbox.id, LEFT_STARTING)
-        elif sandbox.status is Status.RUNNING:
+        elif sandbox.status in UP:
             self._settle_ended(entry)
 
     def _settle_ended(self, entry: Entry) -> None:
@@ -650,6 +790,75 @@ class _Note:
             raise Conflict("its end is wanted")
         self.state = state
         self.written = True
+
+
+def limits_of(spec: CreateSpec, settings: Settings) -> Limits:
+    """What is asked for, else its size class's, else the server's default; `Invalid` for more than
+    the server gives."""
+    cpus, memory = SIZE_CLASSES.get(spec.size_class or "", (None, None))
+    asked = Limits(
+        cpus=spec.cpus or cpus,
+        memory=spec.memory or memory,
+        pids=spec.pids,
+        disk_size_gb=spec.disk_size_gb,
+    )
+    default, most = vars(settings.default_limits), vars(settings.max_limits)
+    errors: dict[str, list[str]] = {}
+    chosen: dict[str, Any] = {}
+    for name, value in vars(asked).items():
+        if value is None:
+            given = [one for one in (default[name], most[name]) if one is not None]
+            chosen[name] = min(given) if given and name != "disk_size_gb" else default[name]
+        else:
+            chosen[name] = value
+            if most[name] is not None and value > most[name]:
+                field = name if getattr(spec, name) else "size_class"
+                errors[field] = [f"{name} is at most {most[name]} on this server, not {value}"]
+    if errors:
+        raise Invalid("; ".join(one[0] for one in errors.values()), errors=errors)
+    return Limits(**chosen)
+
+
+def _directory(asked: str | None, image: Image | None) -> str:
+    return asked or (image and image.config.working_directory) or DEFAULT_DIRECTORY
+
+
+def _config(image: Image | None, ids: str) -> tuple[ImageConfig, tuple[str, ...]]:
+    """What of the image's wishes can be met, and what is said of the rest."""
+    if image is None:
+        return ImageConfig(), ()
+    user = image.config.user
+    if ids != "single" or user.split(":")[0] in ("", "0", "root"):
+        return image.config, ()
+    warning = (
+        f"commands run as root: the image's user {user!r} needs a server with more than one id"
+    )
+    return replace(image.config, user=""), (warning,)
+
+
+def _on_image(sandbox: Sandbox, image: Image) -> Sandbox:
+    config, complaints = _config(image, sandbox.ids)
+    # Its own, or the default that stood in for the image's until that was known.
+    asked = sandbox.working_directory
+    directory = None if asked == DEFAULT_DIRECTORY else asked
+    return replace(
+        sandbox,
+        image_resolved=image.digest,
+        image_config=config,
+        warnings=(*sandbox.warnings, *complaints),
+        working_directory=_directory(directory, image),
+    )
+
+
+def _on_host(sandbox: Sandbox, warning: str) -> Sandbox:
+    return replace(sandbox, image_resolved=HOST_IMAGE, warnings=(*sandbox.warnings, warning))
+
+
+def _demand_visitable(sandbox: Sandbox) -> None:
+    if sandbox.status is Status.PAUSED:
+        raise Conflict(f"sandbox {sandbox.slug!r} is paused: resume it first")
+    if not sandbox.image_resolved:
+        raise Conflict(f"sandbox {sandbox.slug!r} has no files: its image never came; start it")
 
 
 def _name(name: str | None) -> str:

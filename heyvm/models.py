@@ -20,6 +20,7 @@ class Status(enum.StrEnum):
 
 
 LIVE = frozenset({Status.PROVISIONING, Status.RUNNING, Status.STOPPING, Status.PAUSED})
+UP = frozenset({Status.RUNNING, Status.PAUSED})
 INACTIVE = frozenset({Status.STOPPED, Status.FAILED})
 
 

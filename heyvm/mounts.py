@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from heyvm.errors import Conflict, HeyvmError, NotFound
 from heyvm.lifecycle import Lifecycle
-from heyvm.models import Mount, Sandbox, Status
+from heyvm.models import UP, Mount, Sandbox
 
 
 class Mounts:
@@ -47,7 +47,7 @@ class Mounts:
 
     def _change(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
         """True where it holds already, or there is nothing running that it would have to."""
-        if sandbox.status is not Status.RUNNING:
+        if sandbox.status not in UP:
             return True
         return self.lifecycle.backend_of(sandbox).change_mounts(sandbox, add, remove)
 

@@ -66,7 +66,7 @@ class Processes:
                     argv=argv,
                     env=environment,
                     cwd=request.cwd or sandbox.working_directory,
-                    user=request.user or "",
+                    user=request.user or sandbox.image_config.user,
                     stdin=request.stdin,
                     timeout_seconds=request.timeout_seconds,
                     max_output_bytes=request.max_output_bytes,
@@ -91,7 +91,8 @@ class Processes:
 
 def demand_running(sandbox: Sandbox) -> None:
     if sandbox.status is not Status.RUNNING:
-        raise Conflict(f"sandbox {sandbox.slug!r} is {sandbox.status}: start it first")
+        what = "resume" if sandbox.status is Status.PAUSED else "start"
+        raise Conflict(f"sandbox {sandbox.slug!r} is {sandbox.status}: {what} it first")
 
 
 def demand_alive(backend: Backend, sandbox: Sandbox) -> None:

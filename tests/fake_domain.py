@@ -101,7 +101,7 @@ class FakeLifecycle:
             ttl_seconds=spec.ttl_seconds,
             expires_at=now + spec.ttl_seconds if spec.ttl_seconds else None,
             start_command=spec.start_command,
-            working_directory=spec.working_directory,
+            working_directory=spec.working_directory or "/workspace",
             open_ports=spec.open_ports,
             env_vars=spec.env_vars,
             setup_hooks=spec.setup_hooks,

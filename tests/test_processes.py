@@ -93,7 +93,9 @@ def test_what_is_sent_wins(execute, tmp_path):
 def test_a_sandbox_that_does_not_run_executes_nothing(one, execute, status):
     one.sandbox = replace(one.sandbox, status=status)
 
-    with pytest.raises(Conflict, match=f"is {status}: start it first"):
+    with pytest.raises(
+        Conflict, match=f"is {status}: {'resume' if status == 'paused' else 'start'} it first"
+    ):
         execute("true")
 
 

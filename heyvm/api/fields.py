@@ -5,6 +5,7 @@ marshmallow's own read `"1"` as 1, `1` as True and take half a surrogate pair fo
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import posixpath
 import re
@@ -17,9 +18,13 @@ from marshmallow import ValidationError, fields
 from marshmallow.validate import Length, Range, Validator
 
 from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
+from heyvm.models import Network
 
 MOST_COMPLAINTS = 20  # about the items of one list
 PAUSE_EVERY = 500  # items of an answer: the worker has other requests
+NETWORK_WORDS = ("egress", "none")
+MOST_CIDRS = 256
+V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 ENV_NAME = re.compile(r"[^=\x00]+")
 
 
@@ -120,6 +125,55 @@ class Many(fields.List[Any]):
         return written
 
 
+class NetworkField(fields.Field[Network]):
+    """`egress`, `none`, or an object with lists of CIDRs; shown the same way."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Network:
+        if isinstance(value, str):
+            if value not in NETWORK_WORDS:
+                raise ValidationError(f"Must be {' or '.join(NETWORK_WORDS)}, or an object.")
+            return Network(value)
+        if not isinstance(value, dict):
+            raise ValidationError(f"Must be {' or '.join(NETWORK_WORDS)}, or an object.")
+        lists: dict[str, tuple[str, ...]] = {}
+        wrong: dict[str, Any] = {}
+        for name, items in value.items():
+            try:
+                if name not in ("allow", "deny"):
+                    raise ValidationError("There is no such field.")
+                lists[name] = tuple(map(str, CIDRS.deserialize([] if items is None else items)))
+            except ValidationError as error:
+                wrong[name] = error.messages
+                if len(wrong) == MOST_COMPLAINTS:
+                    break
+        if wrong:
+            raise ValidationError(wrong)
+        return Network("egress", **lists)
+
+    def _serialize(self, value: Network | None, attr: str | None, obj: Any, **_: Any) -> Any:
+        if value is None or not (value.allow or value.deny):
+            return value and value.mode
+        return {"allow": list(value.allow), "deny": list(value.deny)}
+
+
+class Cidr(Text):
+    """A network or one address, in its canonical form."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        try:
+            network = ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise ValidationError(
+                f"{text[:64]!r} is no CIDR: say a network like 203.0.113.0/24 or 2001:db8::/32."
+            ) from None
+        if str(network.network_address) != str(ipaddress.ip_interface(text).ip):
+            raise ValidationError(f"{text} has bits beyond its prefix: {network} is meant?")
+        if network.version == 6 and network.subnet_of(V4_MAPPED):
+            raise ValidationError(f"{text} stands for IPv4 addresses: write these.")
+        return str(network)
+
+
 class Environment(fields.Dict):
     """Names to values, as a process can have them."""
 
@@ -214,3 +268,6 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+CIDRS = Items(Cidr(), validate=at_most(MOST_CIDRS))

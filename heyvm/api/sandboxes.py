@@ -39,6 +39,7 @@ from heyvm.errors import (
     StorageFull,
     TooLarge,
     Unavailable,
+    Unsupported,
     UnsupportedMedia,
 )
 from heyvm.models import CreateSpec, Page, Sandbox, Status
@@ -195,6 +196,27 @@ class ForceStop(MethodView):
     def post(self, ref: str) -> Sandbox:
         """Stop a sandbox with SIGKILL, whatever is under way"""
         return lifecycle().force_stop(ref)
+
+
+@blp.route("/sandboxes/<ref>/pause")
+class Pause(MethodView):
+    @blp.operation("pauseSandbox", *ACT, Unsupported)
+    @blp.response(200, SandboxInfo)
+    def post(self, ref: str) -> Sandbox:
+        """Pause a sandbox
+
+        Every process halts where it stands, and keeps its memory. Execute is a 409 meanwhile.
+        """
+        return lifecycle().pause(ref)
+
+
+@blp.route("/sandboxes/<ref>/resume")
+class Resume(MethodView):
+    @blp.operation("resumeSandbox", *ACT, Unsupported)
+    @blp.response(200, SandboxInfo)
+    def post(self, ref: str) -> Sandbox:
+        """Let a paused sandbox go on"""
+        return lifecycle().resume(ref)
 
 
 @blp.route("/sandboxes/<ref>/execute")

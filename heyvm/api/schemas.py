@@ -36,6 +36,7 @@ from heyvm.api.fields import (
     Known,
     Many,
     Moment,
+    NetworkField,
     Number,
     Shown,
     Text,
@@ -45,12 +46,26 @@ from heyvm.api.fields import (
 )
 from heyvm.api.parts import lifecycle
 from heyvm.errors import BadRequest
+from heyvm.lifecycle import SIZE_CLASSES
 from heyvm.models import INACTIVE, LIVE, CreateSpec, ExecRequest, Mount, Status
+from heyvm.settings import LEAST_CPUS
 
 RESERVED_TARGETS = (
     *("/proc", "/sys", "/dev", "/run", "/usr", "/etc", "/.heyvm"),
     *("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"),
 )
+NETWORK_DOCUMENT: dict[str, Any] = {
+    "oneOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {
+                name: {"type": "array", "items": {"type": "string"}} for name in ("allow", "deny")
+            },
+            "additionalProperties": False,
+        },
+    ]
+}
 SANDBOX_TYPES = ("shell", "python", "node")
 ENCODINGS = ("utf-8", "base64")
 LEVELS = ("debug", "info", "warning", "error")
@@ -231,6 +246,43 @@ class CreateRequest(Body):
         allow_none=True,
         validate=at_most(limits.MAX_MOUNTS),
         metadata=about("Directories of the host.", []),
+    )
+    network = NetworkField(
+        allow_none=True,
+        metadata={
+            **about(
+                "Where it may connect to: `egress` (the default: everywhere but private networks"
+                " and this machine), `none`, or lists of CIDRs: with an `allow` the rest is closed,"
+                " and `deny` wins.",
+                "egress",
+            ),
+            **NETWORK_DOCUMENT,
+        },
+    )
+    size_class = Text(
+        allow_none=True,
+        validate=Known(tuple(SIZE_CLASSES)),
+        metadata=about("`cpus` and `memory` in one word.", "small", words=tuple(SIZE_CLASSES)),
+    )
+    cpus = Number(
+        allow_none=True,
+        validate=between(LEAST_CPUS, limits.MAX_CPUS),
+        metadata=about("Cores; fractions too.", 0.5),
+    )
+    memory = Whole(
+        allow_none=True,
+        validate=between(limits.LEAST_MEMORY, limits.MOST_MEMORY),
+        metadata=about("Bytes; a process that would need more is ended.", 512 * limits.MIB),
+    )
+    pids = Whole(
+        allow_none=True,
+        validate=between(limits.LEAST_PIDS, limits.MOST_PIDS),
+        metadata=about("Processes and threads.", 256),
+    )
+    disk_size_gb = Whole(
+        allow_none=True,
+        validate=between(1, limits.MOST_DISK_GB),
+        metadata=about("GiB of everything that it keeps on disk; unlimited unless sent.", 10),
     )
     metadata = fields.Dict(
         keys=fields.String(),
@@ -591,6 +643,13 @@ class UptimeSeconds(fields.Integer):
 STATUS_WORDS = tuple(status.value for status in Status)
 
 
+class Resolved(fields.String):
+    """Null for what is not known yet."""
+
+    def _serialize(self, value: Any, attr: str | None, obj: Any, **_: Any) -> str | None:
+        return value or None
+
+
 class SandboxInfo(Schema):
     """A sandbox. Every field is always there, null or empty where it is not set."""
 
@@ -608,7 +667,12 @@ class SandboxInfo(Schema):
     )
     sandbox_type = always(fields.String, "What it is for.", "shell", words=SANDBOX_TYPES)
     image = always(fields.String, "The image asked for.", "ubuntu:24.04", allow_none=True)
-    image_resolved = always(fields.String, "The image that it runs on.", "host")
+    image_resolved = always(
+        Resolved,
+        "The image that it runs on: `host` or a digest; null until that is here.",
+        "host",
+        allow_none=True,
+    )
     backend_type = always(fields.String, "How it is run.", "bubblewrap")
     ttl_seconds = always(
         fields.Integer, "Its time to live; null: unlimited.", 3600, allow_none=True
@@ -651,6 +715,48 @@ class SandboxInfo(Schema):
     )
     mounts = fields.List(
         fields.Nested(MountInfo), required=True, metadata=about("Directories of the host.")
+    )
+    network = NetworkField(
+        required=True,
+        metadata={**about("Where it may connect to.", "egress"), **NETWORK_DOCUMENT},
+    )
+    size_class = always(fields.String, "The one asked for.", "small", allow_none=True)
+    cpus = always(
+        fields.Float, "Cores; null: unlimited.", 0.5, allow_none=True, attribute="limits.cpus"
+    )
+    memory = always(
+        fields.Integer,
+        "Bytes; null: unlimited.",
+        536870912,
+        allow_none=True,
+        attribute="limits.memory",
+    )
+    pids = always(
+        fields.Integer,
+        "Processes and threads; null: unlimited.",
+        256,
+        allow_none=True,
+        attribute="limits.pids",
+    )
+    disk_size_gb = always(
+        fields.Integer,
+        "GiB on disk; null: unlimited.",
+        None,
+        allow_none=True,
+        attribute="limits.disk_size_gb",
+    )
+    ids = always(
+        fields.String,
+        "Whose user ids it has: 65,536 of its own (`range`), its owner's, or a `single` one.",
+        "range",
+        words=("range", "sub-ids", "single"),
+    )
+    oom_kills = always(fields.Integer, "Processes that its memory limit has ended.", 0)
+    status_detail = always(
+        fields.String,
+        "What is being done just now.",
+        "pulling ubuntu:24.04: 12 of 29 MiB",
+        allow_none=True,
     )
     error_message = always(fields.String, "Why it is `failed`.", None, allow_none=True)
     warnings = fields.List(
