@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.images import debian
 from tests.server import Server, all_pids, command_line
 
 ECHO = ["/bin/echo", "hello"]
@@ -31,7 +33,22 @@ ROUNDS = 300
 LIFE_ROUNDS = 60
 PART_S = 45.0  # no part may take longer, whatever its rounds
 CROWD = 300
+IMAGE = "debian:bench"
 AT_ONCE = 50
+CROWD_AT_ONCE = 100
+NEIGHBOUR_S = 6.0
+ABUSES = {
+    "a fork bomb": ("bomb() { bomb | bomb & }; bomb", {"pids": 256, "cpus": 1}),
+    "a memory hog": (
+        "while :; do tail -c 1G /dev/zero | sort >/dev/null; done",
+        {"memory": 128 << 20, "cpus": 1},
+    ),
+    "a disk filler": (
+        "while :; do head -c 2G /dev/zero > /workspace/big; rm /workspace/big; done",
+        {"disk_size_gb": 1, "cpus": 1},
+    ),
+    "a CPU spinner": ("for n in 1 2 3 4; do while :; do :; done & done; wait", {"cpus": 0.5}),
+}
 HEALTH_PAUSE_S = 0.02
 MIB = 1024 * 1024
 
@@ -100,6 +117,14 @@ class Connection:
         status, body = self.ask(method, path, document)
         assert status < 300, body
         return dict(json.loads(body))
+
+    def create(self, **fields: object) -> str:
+        """A new sandbox's path."""
+        return f"/sandboxes/{self.document('POST', '/sandboxes', fields)['id']}"
+
+    def execute(self, path: str, *argv: str) -> dict[str, object]:
+        request = {"command": argv[0], "args": argv[1:]}
+        return self.document("POST", f"{path}/execute", request)
 
 
 class Yardstick:
@@ -183,24 +208,35 @@ def measure_execute(server: Server) -> list[Series]:
 
 
 def measure_life(server: Server) -> list[Series]:
-    """create to first execute, delete, and the direct bwrap."""
-    created, deleted = Series("create to first execute"), Series("delete")
+    """The direct bwrap; create to first execute, of `host` and of an image, without egress and with
+    it; delete."""
+    kinds = {
+        f"create to execute, {image}, {network}": {
+            "image": "host" if image == "host" else IMAGE,
+            "network": network,
+        }
+        for image in ("host", "image")
+        for network in ("none", "egress")
+    }
+    series = {name: Series(name) for name in kinds}
+    deleted = Series("delete")
     with (
         Yardstick("bwrap --unshare-all true", "fork", BWRAP) as direct,
         Connection(server.port) as connection,
     ):
         path = ""
 
-        def create_and_execute() -> None:
+        def create_and_execute(fields: dict[str, str]) -> None:
             nonlocal path
-            path = f"/sandboxes/{connection.document('POST', '/sandboxes', {})['id']}"
-            connection.document("POST", f"{path}/execute", {"command": "echo", "args": ["hi"]})
+            path = connection.create(**fields)
+            connection.execute(path, "echo", "hi")
 
         for _ in rounds(LIFE_ROUNDS):
-            direct.take()
-            created.take(create_and_execute)
-            deleted.take(lambda: connection.ask("DELETE", path))
-    return [direct.series, created, deleted]
+            for name, fields in kinds.items():
+                direct.take()
+                series[name].take(lambda fields=fields: create_and_execute(fields))
+                deleted.take(lambda: connection.ask("DELETE", path))
+    return [direct.series, *series.values(), deleted]
 
 
 def measure_crowd(server: Server) -> tuple[int, float, int]:
@@ -227,6 +263,70 @@ def measure_crowd(server: Server) -> tuple[int, float, int]:
     if wrong:
         print(f"a delete answered {wrong[0]!r}")
     return alive, memory / MIB / max(alive, 1), len(wrong)
+
+
+def measure_all_at_once(server: Server) -> tuple[int, int, float]:
+    """How many of `CROWD_AT_ONCE` creates, then deletes, at the very same time succeed; seconds."""
+
+    def ask(method: str, path: str, document: object, wanted: int) -> str | None:
+        with Connection(server.port) as connection:
+            status, body = connection.ask(method, path, document)
+        if status != wanted:
+            print(f"{method} {path}: {status} {body[:300]!r}")
+            return None
+        return f"/sandboxes/{json.loads(body)['id']}" if body else path
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(CROWD_AT_ONCE) as pool:
+        jobs = [
+            pool.submit(ask, "POST", "/sandboxes", {"image": IMAGE}, 201)
+            for _ in range(CROWD_AT_ONCE)
+        ]
+        made = [path for job in jobs if (path := job.result())]
+        jobs = [pool.submit(ask, "DELETE", path, None, 204) for path in made]
+        gone = [path for job in jobs if (path := job.result())]
+    return len(made), len(gone), time.perf_counter() - began
+
+
+def measure_second(server: Server) -> float:
+    """MiB of disk that a second sandbox of an image costs."""
+
+    def used() -> int:
+        os.sync()
+        space = os.statvfs(server.data_dir)
+        return (space.f_blocks - space.f_bfree) * space.f_frsize
+
+    with Connection(server.port) as connection:
+        first = connection.create(image=IMAGE)
+        before = used()
+        second = connection.create(image=IMAGE)
+        connection.execute(second, "echo", "hi")
+        cost = used() - before
+        for path in (first, second):
+            connection.ask("DELETE", path)
+    return cost / MIB
+
+
+def measure_abuse(server: Server) -> list[Series]:
+    """A neighbour's execute: in quiet, then beside each abuser."""
+    found = []
+    with Connection(server.port) as connection, a_sandbox(connection) as neighbour:
+        for name, (script, limits) in {"quiet": ("true", {}), **ABUSES}.items():
+            series = Series(f"execute beside {name}")
+            fields = {"start_command": script, "network": "none", **limits}
+            status, body = connection.ask("POST", "/sandboxes", fields)
+            if status != 201:
+                print(f"{name}: {json.loads(body).get('detail')}")
+                continue
+            path = f"/sandboxes/{json.loads(body)['id']}"
+            time.sleep(1)
+            end = time.monotonic() + NEIGHBOUR_S
+            while time.monotonic() < end:
+                series.take(lambda: connection.execute(neighbour, "echo", "hi"))
+                time.sleep(0.01)
+            connection.ask("DELETE", path)
+            found.append(series)
+    return found
 
 
 def box_pids(server: Server) -> set[int]:
@@ -270,7 +370,7 @@ def measure_at_once(server: Server) -> tuple[int, float]:
 @contextmanager
 def a_sandbox(connection: Connection) -> Iterator[str]:
     """A sandbox's path; deleted afterwards."""
-    path = f"/sandboxes/{connection.document('POST', '/sandboxes', {})['id']}"
+    path = connection.create()
     try:
         yield path
     finally:
@@ -320,7 +420,7 @@ def report(series: list[Series]) -> None:
             continue
         numbers = "".join(f"{one.at(percent) * 1000:9.2f}" for percent in (50, 95, 99))
         ratio = one.at(50) / series[0].at(50)
-        print(f"{one.name:28}{len(one.values):6}{numbers}{ratio:8.2f}", flush=True)
+        print(f"{one.name:34}{len(one.values):6}{numbers}{ratio:8.2f}", flush=True)
 
 
 def main() -> None:
@@ -329,11 +429,19 @@ def main() -> None:
         watch_health(int(sys.argv[2]))
         return
     print(f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}")
-    print(f"{'':28}{'n':>6}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'ratio':>8}")
-    parts = (judge_execute, judge_life, judge_at_once, judge_crowd)
+    print(f"{'':34}{'n':>6}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'ratio':>8}")
+    parts = (
+        judge_execute,
+        judge_life,
+        judge_at_once,
+        judge_abuse,
+        judge_all_at_once,
+        judge_crowd,
+    )
     verdicts: list[Verdict] = []
     begun: list[tuple[float, str]] = []
     with Server() as server:
+        fetch_image(server)
         with watched_health(server) as health:
             for part in parts:
                 begun.append((time.monotonic(), part.__name__.removeprefix("judge_")))
@@ -345,6 +453,14 @@ def main() -> None:
     print("\n".join(map(str, verdicts)))
 
 
+def fetch_image(server: Server) -> None:
+    """Give the server a Debian image."""
+    with tempfile.TemporaryFile() as archive, server.http() as http:
+        subprocess.run(["tar", "-C", debian(), "-c", "."], stdout=archive, check=True)
+        archive.seek(0)
+        http.put(f"/images/{IMAGE}", data=archive).raise_for_status()
+
+
 def judge_execute(server: Server) -> list[Verdict]:
     bare, spawned, executed = measure_execute(server)
     report([bare, spawned, executed])
@@ -352,10 +468,13 @@ def judge_execute(server: Server) -> list[Verdict]:
 
 
 def judge_life(server: Server) -> list[Verdict]:
-    direct, created, deleted = measure_life(server)
-    report([direct, created, deleted])
+    direct, *created, deleted = measure_life(server)
+    report([direct, *created, deleted])
     return [
-        Verdict("create to first execute / bwrap", created.at(50) / direct.at(50), 6, "times"),
+        *(
+            Verdict(f"{one.name} / bwrap", one.at(50) / direct.at(50), most, "times")
+            for one, most in zip(created, (6, 10, 6, 10), strict=True)
+        ),
         Verdict("delete / bwrap", deleted.at(50) / direct.at(50), 3, "times"),
     ]
 
@@ -364,6 +483,25 @@ def judge_at_once(server: Server) -> list[Verdict]:
     right, took = measure_at_once(server)
     print(f"{AT_ONCE} executes at once in one sandbox: {right} right, in {took:.2f} s")
     return [Verdict("executes at once, lost", AT_ONCE - right, 0, f"of {AT_ONCE}")]
+
+
+def judge_abuse(server: Server) -> list[Verdict]:
+    quiet, *beside = measure_abuse(server)
+    report([quiet, *beside])
+    return [
+        Verdict(f"{one.name}, p50 / quiet", one.at(50) / quiet.at(50), 3, "times") for one in beside
+    ]
+
+
+def judge_all_at_once(server: Server) -> list[Verdict]:
+    made, gone, took = measure_all_at_once(server)
+    cost = measure_second(server)
+    print(f"{CROWD_AT_ONCE} creates, then deletes, at once: {made} and {gone}, in {took:.1f} s")
+    return [
+        Verdict("creates at once, failed", CROWD_AT_ONCE - made, 0, f"of {CROWD_AT_ONCE}"),
+        Verdict("deletes at once, failed", made - gone, 0, f"of {made}"),
+        Verdict("disk of a second sandbox", cost, 1, "MiB"),
+    ]
 
 
 def judge_crowd(server: Server) -> list[Verdict]:
