@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from heyvm.api.limits import MAX_TTL_S
-from heyvm.models import CreateSpec, Mount, Status
+from heyvm.models import CreateSpec, Limits, Mount, Network, Status
 from tests.fake_domain import Fake, fake_app, problem
 
 pytest_plugins = ["tests.fake_domain"]
@@ -35,6 +36,12 @@ EVERYTHING: dict[str, Any] = {
     "setup_hooks": ["true"],
     "mounts": [{"host_path": "/home/user", "sandbox_path": "/data/", "read_only": True}],
     "metadata": {"a": [1, {"b": None}]},
+    "network": {"allow": ["203.0.113.7", "2001:DB8::/32"], "deny": []},
+    "size_class": "small",
+    "cpus": 0.5,
+    "memory": 64 << 20,
+    "pids": 99,
+    "disk_size_gb": 2,
 }
 
 
@@ -73,6 +80,12 @@ def test_what_was_asked_for_is_what_the_domain_gets(fake: Fake, api: FlaskClient
             setup_hooks=("true",),
             mounts=(Mount("/home/user", "/data", True),),
             metadata={"a": [1, {"b": None}]},
+            network=Network("egress", ("203.0.113.7/32", "2001:db8::/32")),
+            size_class="small",
+            cpus=0.5,
+            memory=64 << 20,
+            pids=99,
+            disk_size_gb=2,
         )
     ]
 
@@ -88,6 +101,40 @@ def test_a_record_shows_what_is_set(api: FlaskClient) -> None:
         assert MOMENT.fullmatch(record[name])
     for name in ("name", "slug", "open_ports", "env_vars", "setup_hooks", "metadata"):
         assert record[name] == EVERYTHING[name]
+
+
+@pytest.mark.parametrize(
+    ("network", "shown"),
+    [
+        (Network(), "egress"),
+        (Network("none"), "none"),
+        (
+            Network("egress", ("10.0.0.0/8",), ("10.1.0.0/16",)),
+            {"allow": ["10.0.0.0/8"], "deny": ["10.1.0.0/16"]},
+        ),
+    ],
+)
+def test_a_network_is_shown_as_it_is_asked_for(
+    network: Network, shown: object, fake: Fake, api: FlaskClient
+) -> None:
+    (row,) = fake.lifecycle.rows.values()
+    limits = Limits(0.5, 1 << 30, 99, None)
+    fake.lifecycle.rows[row.id] = replace(row, network=network, limits=limits, image_resolved="")
+    record = api.get("/sandboxes/box").json
+    assert record["network"] == shown
+    assert [record[name] for name in ("cpus", "memory", "pids", "disk_size_gb")] == [
+        *(0.5, 1 << 30, 99, None)
+    ]
+    assert record["image_resolved"] is None
+
+
+@pytest.mark.parametrize("word", ["egress", "none"])
+def test_a_network_in_one_word(word: str, fake: Fake, api: FlaskClient) -> None:
+    seen: list[CreateSpec] = []
+    create = fake.lifecycle.create
+    fake.lifecycle.create = lambda spec, **more: seen.append(spec) or create(spec, **more)  # type: ignore[method-assign,func-returns-value]
+    assert api.post("/sandboxes", json={"network": word}).status_code == 201
+    assert seen[0].network == Network(word)
 
 
 def test_null_is_the_same_as_nothing(api: FlaskClient) -> None:
@@ -159,6 +206,26 @@ def test_unknown_fields_of_create_are_named_not_refused(api: FlaskClient) -> Non
         ),
         ("metadata", []),
         ("metadata", "x"),
+        *(
+            ("network", value)
+            for value in (
+                *("open", "", [], 1, True, {"allow": "10.0.0.0/8"}, {"allow": [1]}, {"mode": "x"}),
+                *(
+                    {"deny": [text]}
+                    for text in ("", "x", "10.0.0.0/33", "10.0.0.1/8", "1.2.3", "010.0.0.1")
+                ),
+                *(
+                    {"allow": [text]}
+                    for text in ("::ffff:10.0.0.1", "::/129", "fe80::1%eth0", "*", "example.com")
+                ),
+                {"allow": ["10.0.0.0/8"] * 257},
+            )
+        ),
+        *(("cpus", value) for value in (0, -1, "1", True, 1e9, 0.001)),
+        *(("memory", value) for value in (0, -1, "512m", 1 << 60, 1.5, 1000)),
+        *(("pids", value) for value in (0, -1, 1, 1 << 30, "9")),
+        *(("disk_size_gb", value) for value in (0, -1, 0.5, 1 << 20, "10G")),
+        *(("size_class", value) for value in ("huge", "", 1, "SMALL")),
     ],
 )
 def test_a_wrong_value_is_a_422_that_names_the_field(

@@ -10,6 +10,7 @@ from heyvm.api.bodies import (
     MAX_JSON_DEPTH,
     MAX_JSON_TOKENS,
 )
+from heyvm.api.fields import MOST_CIDRS
 from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
 from heyvm.lifecycle import STOP_GRACE_S, TURN_PATIENCE_S
 from heyvm.logs import MAX_MESSAGE_BYTES
@@ -52,7 +53,7 @@ class Limit:
     """A number that a user may run into. `value` is in the unit that `name` ends in."""
 
     name: str
-    value: int | str | None
+    value: float | str | None
     meaning: str
 
 
@@ -74,6 +75,14 @@ LIMITS = (
     Limit("arguments", MAX_ARGS, "`args` of execute"),
     Limit("items", MAX_ITEMS, "variables, ports or hooks of a sandbox"),
     Limit("mounts", MAX_MOUNTS, "mounts of a sandbox"),
+    Limit("cpus_default", None, "cores of a sandbox; HEYVM_DEFAULT_CPUS sets it"),
+    Limit("cpus_max", None, "the most `cpus`; HEYVM_MAX_CPUS sets it"),
+    Limit("memory_default", None, "bytes of memory; HEYVM_DEFAULT_MEMORY sets it"),
+    Limit("memory_max", None, "the most `memory`; HEYVM_MAX_MEMORY sets it"),
+    Limit("pids_default", 4096, "processes and threads; HEYVM_DEFAULT_PIDS sets it"),
+    Limit("pids_max", None, "the most `pids`; HEYVM_MAX_PIDS sets it"),
+    Limit("disk_size_gb_max", 250, "the most `disk_size_gb`; HEYVM_MAX_DISK_GB sets it"),
+    Limit("cidrs", MOST_CIDRS, "networks in each list of `network`"),
     Limit("wait_seconds_default", DEFAULT_WAIT_S, "`timeout` of GET /sandboxes/:id?wait="),
     Limit("wait_seconds_max", MAX_WAIT_S, "the longest `timeout` of a wait"),
     Limit("page_max", MAX_PAGE, "sandboxes on a page (`limit`, `count`)"),
@@ -101,5 +110,16 @@ LIMITS = (
 
 def in_force(settings: Settings) -> tuple[Limit, ...]:
     """The table with what this server's settings say."""
-    said = {"upload_bytes": settings.max_upload_bytes, "sandboxes": settings.max_sandboxes}
+    default, most = settings.default_limits, settings.max_limits
+    said = {
+        "upload_bytes": settings.max_upload_bytes,
+        "sandboxes": settings.max_sandboxes,
+        "cpus_default": default.cpus,
+        "cpus_max": most.cpus,
+        "memory_default": default.memory,
+        "memory_max": most.memory,
+        "pids_default": default.pids,
+        "pids_max": most.pids,
+        "disk_size_gb_max": most.disk_size_gb,
+    }
     return tuple(replace(one, value=said[one.name]) if one.name in said else one for one in LIMITS)
