@@ -43,7 +43,7 @@ KNOWN = (
     Setting("HEYVM_DATA_DIR", "/var/lib/heyvm, or ~/.heyo", "registry, sandboxes, logs"),
     Setting("HEYVM_RUN_DIR", "/run/heyvm, or $XDG_RUNTIME_DIR/heyvm", "sockets and locks"),
     Setting("HEYVM_ALLOW_OPEN", "0", "1: answer other machines without JWT_SECRET"),
-    Setting("HEYVM_STRICT_IMAGES", "0", "1: an image that is not here is always a 422"),
+    Setting("HEYVM_STRICT_IMAGES", "0", "1: never run on `host` for an image that cannot be had"),
     Setting("HEYVM_IMAGE_SHELL", "host", "the image of a `shell` that names none"),
     Setting("HEYVM_IMAGE_PYTHON", "python:3.12-slim", "the image of a `python` that names none"),
     Setting("HEYVM_IMAGE_NODE", "node:22-slim", "the image of a `node` that names none"),
