@@ -70,11 +70,11 @@ class Logs:
     ) -> LogPage:
         """The newest `limit` entries that match, oldest first; `offset` skips the newest."""
         sandbox = self.lifecycle.get(ref)
-        directory = self.lifecycle.backend_of(sandbox).log_directory(sandbox)
+        directory = self.lifecycle.backend_of(sandbox).open_log(sandbox)
         total = 0
         # No more than is asked for: the sandbox may have written millions of lines.
         newest = deque[Line](maxlen=limit + offset)
-        for line in lines(directory):
+        for line in lines(directory) if directory is not None else ():
             if source in (None, line.source) and (level is None or level == line.level()):
                 total += 1
                 newest.append(line)
@@ -92,8 +92,8 @@ def level_of(message: bytes) -> str | None:
     return "warning" if word == "warn" else word
 
 
-def lines(directory: str) -> Iterator[Line]:
-    """Every line of the log, oldest first."""
+def lines(directory: int) -> Iterator[Line]:
+    """Every line of the log, oldest first. Closes the directory."""
     latest = time.time()
     for count, raw in enumerate(raw_lines(directory)):
         if count % YIELD_EVERY == YIELD_EVERY - 1:
@@ -111,16 +111,12 @@ def parsed(raw: bytes, latest: float) -> Line:
     return Line(min(float(found[1]), latest), SOURCES[found[2]], message)
 
 
-def raw_lines(directory: str) -> Iterator[bytes]:
-    try:
-        where = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return
+def raw_lines(directory: int) -> Iterator[bytes]:
     try:
         for name in FILES:
-            yield from content(where, name).split(b"\n")
+            yield from content(directory, name).split(b"\n")
     finally:
-        os.close(where)
+        os.close(directory)
 
 
 def content(where: int, name: str) -> bytes:

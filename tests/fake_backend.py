@@ -90,8 +90,8 @@ class FileBackend(Backend):
         threading.Thread(target=self._later, args=(theirs, box), daemon=True).start()
         return ours
 
-    def log_directory(self, sandbox: Sandbox) -> str:
-        return str(self.root / sandbox.id)
+    def open_log(self, sandbox: Sandbox) -> int | None:
+        return os.open(self.root / sandbox.id, os.O_PATH | os.O_DIRECTORY)
 
     def check_mount(self, mount: Mount) -> None:
         pass

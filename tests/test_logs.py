@@ -28,7 +28,13 @@ class Stored:
         return Sandbox("sb-1", "a", "a", Status.STOPPED, NOW, NOW, "fake", "host")
 
     def backend_of(self, sandbox):
-        return SimpleNamespace(log_directory=lambda _: str(self.directory))
+        return SimpleNamespace(open_log=lambda _: self.opened())
+
+    def opened(self):
+        try:
+            return os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 @pytest.fixture

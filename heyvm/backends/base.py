@@ -84,8 +84,9 @@ class Backend(ABC):
         """A fresh byte stream to the agent. Raises `BackendFailed` where nobody answers."""
 
     @abstractmethod
-    def log_directory(self, sandbox: Sandbox) -> str:
-        """The host directory that the agent writes its log files in. Hostile: open beneath it."""
+    def open_log(self, sandbox: Sandbox) -> int | None:
+        """A descriptor of the directory that the agent writes its log files in, None where there is
+        none; the caller closes it. Hostile: open beneath it."""
 
     def check_mount(self, mount: Mount) -> None:
         """Raise `Invalid` where this mount may not be, for what its host directory is now."""

@@ -1,7 +1,7 @@
 """The bubblewrap backend: namespaces, overlays and an agent, started by `launcher.py`.
 
-Owns what a sandbox is on this machine: its directory, its processes, its socket. A
-sandbox of a root server has 65,536 ids of its own; an ordinary user's has the one id of that user.
+Owns what a sandbox is on this machine: its directory, its processes, its socket. A sandbox of a
+root server has 65,536 ids of its own; an ordinary user's has that user's sub-ids, or the one id.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from heyvm import guest
-from heyvm.backends import bundle, cgroups, hostdirs, hostfiles, pids, ranges, seccomp, trees
+from heyvm.backends import bundle, cgroups, disks, hostdirs, hostfiles, pids, ranges, seccomp, trees
 from heyvm.backends.base import Backend, Offer, State
 from heyvm.errors import BackendFailed, HeyvmError, Invalid, StorageFull, Unavailable
 from heyvm.models import CreateSpec, Mount, Network, Sandbox
@@ -35,7 +35,12 @@ from heyvm.settings import Settings
 LAUNCHER = Path(__file__).with_name("launcher.py")
 START_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 4.0
+REMOVE_TIMEOUT_S = 600.0
 OLDEST_BWRAP = (0, 8, 0)  # the first with --perms on tmpfs and --cap-add for a namespace's root
+MKFS = "/usr/sbin:/sbin:/usr/bin:/bin"  # where mkfs.ext4 is; not always in a user's PATH
+DISK_GONE_S = 2.0
+GIB = 1 << 30
+DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 SPARE_UID = 65533  # the agent's real uid where it has a range: prlimit(1) then needs a capability
 # Docker's list (moby, oci/caps/defaults.go) without NET_RAW and MKNOD.
 CAPABILITIES = tuple(
@@ -57,7 +62,6 @@ class Parts:
 
     bundle: bundle.Bundle
     template: str
-    seccomp: str
     masked: tuple[str, ...]
 
 
@@ -77,6 +81,7 @@ class Bubblewrap(Backend):
             settings.mount_roots, (settings.data_dir, settings.run_dir), settings.mount_system_ids
         )
         self._parts: Parts | None = None
+        self._working_ids: tuple[ranges.SubIds | None, bool] | None = None
         self._lock = threading.Lock()
 
     # --- what is needed -------------------------------------------------------------------------
@@ -110,19 +115,22 @@ class Bubblewrap(Backend):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in ("agents", "visits"):
             (self.settings.run_dir / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        program = seccomp.build(single_id=not self.root)
+        return Parts(
+            bundle=bundle.ensure(data / "bundle"),
+            template=str(hostfiles.ensure(data / "host")),
+            masked=tuple(f"/proc/{one}" for one in MASKED if os.path.isfile(f"/proc/{one}")),
+        )
+
+    def _filter(self, *, single_id: bool, set_id: bool) -> str:
+        """The file that holds this system call filter."""
+        program = seccomp.build(single_id=single_id, set_id=set_id)
         digest = hashlib.sha256(program).hexdigest()[:16]
-        path = data / f"seccomp-{digest}.bpf"
+        path = self.settings.data_dir / f"seccomp-{digest}.bpf"
         if not path.exists():
             new = path.with_suffix(f".{secrets.token_hex(4)}")
             new.write_bytes(program)
             new.rename(path)
-        return Parts(
-            bundle=bundle.ensure(data / "bundle"),
-            template=str(hostfiles.ensure(data / "host")),
-            seccomp=str(path),
-            masked=tuple(f"/proc/{one}" for one in MASKED if os.path.isfile(f"/proc/{one}")),
-        )
+        return str(path)
 
     def _bwrap(self) -> str:
         path = shutil.which("bwrap", path=os.environ.get("PATH", "") + ":/usr/bin:/usr/local/bin")
@@ -152,10 +160,40 @@ class Bubblewrap(Backend):
         return ()
 
     def _offer_ids(self) -> str:
-        return "range" if self.root else "single"
+        if self.root:
+            return "range"
+        return "single" if self._sub_ids() is None else "sub-ids"
+
+    def _sub_ids(self) -> ranges.SubIds | None:
+        """This user's sub-ids, where they can be used: tried once for each that are found."""
+        found = ranges.sub_ids(os.geteuid())
+        if found is None or id_tools() is None:
+            return None
+        if self._working_ids is None or self._working_ids[0] != found:
+            with self.launcher.ask({"action": "try_sub_ids", "sub_ids": with_tools(found)}) as said:
+                self._working_ids = (found, said.is_done(START_TIMEOUT_S))
+        return found if self._working_ids[1] else None
 
     def _offer_disk(self, spec: CreateSpec) -> tuple[str, ...]:
+        if spec.disk_size_gb is None:
+            return ()
+        why = self._why_no_disk()
+        if why is not None:
+            text = f"disk_size_gb cannot be kept to by this server: {why}"
+            raise Invalid(text, errors={"disk_size_gb": [text]})
+        free = shutil.disk_usage(self.settings.data_dir).free
+        if free < spec.disk_size_gb * GIB:
+            return (f"disk_size_gb is more than the {free / GIB:.1f} GiB that the disk has free",)
         return ()
+
+    def _why_no_disk(self) -> str | None:
+        if not self.root:
+            return "it is run by an ordinary user"
+        if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
+            return "the machine has no loop devices (/dev/loop-control)"
+        if shutil.which("mkfs.ext4", path=MKFS) is None:
+            return "mkfs.ext4 is not installed; on Debian and Ubuntu: apt install e2fsprogs"
+        return None
 
     # --- starting -------------------------------------------------------------------------------
 
@@ -167,6 +205,7 @@ class Bubblewrap(Backend):
                 f"sandbox {sandbox.slug!r} was made by a server run "
                 f"{'as an ordinary user' if self.root else 'as root'}: start it with that one"
             )
+        self._clear_half_made(sandbox)
         spec = self._specification(sandbox, visit)
         with self.launcher.ask(spec) as words:
             try:
@@ -176,28 +215,78 @@ class Bubblewrap(Backend):
                 self._kill_untold(sandbox, spec)
                 raise
 
+    def _clear_half_made(self, sandbox: Sandbox) -> None:
+        """What a launcher that was killed had begun: nobody else makes anything here."""
+        half = self.sandboxes / f"{sandbox.id}.new"
+        if os.path.lexists(half):
+            self._remove_tree(half)
+
     def _specification(self, sandbox: Sandbox, visit: bool) -> dict[str, Any]:
         parts = self.parts()
         sockets = self.settings.run_dir / ("visits" if visit else "agents")
-        spare = str(SPARE_UID) if self.root else "-1"
+        sub_ids = self._sub_ids_of(sandbox)
+        single_id = not self.root and sub_ids is None
+        set_id = not single_id and all(mount.read_only for mount in sandbox.mounts)
         return {
             "action": "box",
             "title": self._title(sandbox.id),
             "bwrap": self._bwrap(),
             "dir": str(self.sandboxes / sandbox.id),
             "id_base": sandbox.id_base,
-            "template": parts.template,
+            "sub_ids": None if sub_ids is None else with_tools(sub_ids),
+            "lowers": self._lowers(sandbox),
+            "disk": self._disk(sandbox),
             "bundle": str(parts.bundle.path),
-            "agent": [*parts.bundle.argv, "LISTEN_FD", "/.heyvm/log", spare],
-            "seccomp": parts.seccomp,
+            "agent": [*parts.bundle.argv, "LISTEN_FD", "/.heyvm/log", spare_uid(sandbox, sub_ids)],
+            "set_id": set_id,
+            "seccomp": self._filter(single_id=single_id, set_id=set_id),
             "masked": parts.masked,
-            "capabilities": CAPABILITIES if self.root else (),
+            "capabilities": () if single_id else CAPABILITIES,
             "socket_dir": str(sockets),
             "socket_name": f"{sandbox.id}.sock",
             "hostname": sandbox.slug,
             "files": own_files(sandbox.slug),
+            "resolv_conf": None,
             "mounts": [self._mount(mount) for mount in by_depth(sandbox.mounts)],
         }
+
+    def _lowers(self, sandbox: Sandbox) -> dict[str, str]:
+        """What lies below each overlay of a box."""
+        if sandbox.image_resolved == "host":
+            return {"root": self.parts().template, "usr": "/usr"}
+        found = DIGEST.fullmatch(sandbox.image_resolved)
+        if found is None:
+            raise BackendFailed(f"sandbox {sandbox.slug!r} has no image: delete it")
+        root = self.settings.data_dir / "images" / found[1] / "rootfs"
+        if not root.is_dir():
+            raise BackendFailed(
+                f"the image of sandbox {sandbox.slug!r} is gone ({sandbox.image_resolved})"
+            )
+        return {"root": str(root)}
+
+    def _disk(self, sandbox: Sandbox) -> dict[str, Any] | None:
+        size = sandbox.limits.disk_size_gb
+        mkfs = shutil.which("mkfs.ext4", path=MKFS)
+        return None if size is None else {"bytes": size * GIB, "mkfs": mkfs or "mkfs.ext4"}
+
+    def _sub_ids_of(self, sandbox: Sandbox) -> ranges.SubIds | None:
+        """Its sub-ids, which must still be those that its files were made with."""
+        if self.root or sandbox.ids != "sub-ids":
+            return None
+        now, then = self._sub_ids(), self._ids_of_files(sandbox.id)
+        if now is None or (then is not None and not now.hold(then)):
+            raise BackendFailed(
+                f"sandbox {sandbox.slug!r} was made with sub-ids that /etc/subuid and /etc/subgid"
+                " no longer give to this user (or newuidmap is gone): give them back, or delete it"
+            )
+        return now
+
+    def _ids_of_files(self, sandbox_id: str) -> ranges.SubIds | None:
+        try:
+            found = json.loads((self.sandboxes / sandbox_id / "ids").read_text())
+        except FileNotFoundError:
+            return None
+        return ranges.SubIds(tuple(found["uid"]), tuple(found["gid"]))
 
     def _mount(self, mount: Mount) -> dict[str, Any]:
         found = hostdirs.check(mount, self.policy)
@@ -224,7 +313,8 @@ class Bubblewrap(Backend):
             agent = sender(first)
             guest.greet(first, START_TIMEOUT_S)
             first.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-            record(note_of(agent, os.path.join(spec["socket_dir"], spec["socket_name"])))
+            path = os.path.join(spec["socket_dir"], spec["socket_name"])
+            record({**note_of(agent, path), "set_id": spec["set_id"]})
             return first
         except OSError as error:
             first.close()
@@ -275,8 +365,17 @@ class Bubblewrap(Backend):
                     return f"was killed by signal {code - 128}" if code > 128 else f"exited {code}"
         return "is gone"
 
-    def log_directory(self, sandbox: Sandbox) -> str:
-        return str(self.sandboxes / sandbox.id / "log")
+    def open_log(self, sandbox: Sandbox) -> int | None:
+        directory = self.sandboxes / sandbox.id
+        if (directory / "disk.img").exists():
+            with self.launcher.ask({"action": "log", "dir": str(directory)}) as words:
+                (log,) = words.expect(b"L", START_TIMEOUT_S)
+                return log
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(directory / "log", flags)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -320,9 +419,28 @@ class Bubblewrap(Backend):
                 os.rename(self.sandboxes / name, goner)
             except FileNotFoundError:
                 continue
-            trees.remove(str(goner))
+            image = _stat(goner / "disk.img")
+            self._remove_tree(goner)
+            if image is not None:
+                _wait_until_free(image)
         for name in ("agents", "visits"):
             self._remove_socket(str(self.settings.run_dir / name / f"{sandbox_id}.sock"))
+
+    def _remove_tree(self, path: Path) -> None:
+        """Remove it, as those whose ids its files have."""
+        try:
+            trees.remove(str(path))
+        except PermissionError as error:
+            found = ranges.sub_ids(os.geteuid())
+            if self.root or found is None or id_tools() is None:
+                raise BackendFailed(
+                    f"{path} cannot be removed: {error.strerror}; its files belong to sub-ids that"
+                    " /etc/subuid and /etc/subgid no longer give to this user"
+                ) from None
+            program = [trees.__file__, str(path)]
+            spec = {"action": "remove", "sub_ids": with_tools(found), "remove": program}
+            with self.launcher.ask(spec) as words:
+                words.expect(b"D", REMOVE_TIMEOUT_S)
 
     def _remove_socket(self, path: str) -> None:
         for name in (path, path + ".new"):
@@ -335,6 +453,9 @@ class Bubblewrap(Backend):
         hostdirs.check(mount, self.policy)
 
     def change_mounts(self, sandbox: Sandbox, add: Mount | None, remove: str | None) -> bool:
+        if add is not None and not add.read_only and sandbox.state.get("set_id"):
+            # Its filter lets set-id files be made and cannot be changed; the next start's will not.
+            return False
         spec: dict[str, Any] = {"id_base": sandbox.id_base, "pid": sandbox.state["pid"]}
         if add is not None:
             spec |= {"action": "add_mount", "mounts": [self._mount(add)]}
@@ -364,7 +485,7 @@ class Bubblewrap(Backend):
             self._erase(name)
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.trash):
-                trees.remove(str(self.trash / name))
+                self._remove_tree(self.trash / name)
 
     def _title(self, sandbox_id: str) -> str:
         return f"heyvm:{self.mark}:{sandbox_id}"
@@ -490,13 +611,22 @@ class Words:
             return descriptors
         text = (said + self._rest()).decode("utf-8", "replace")
         if text.startswith("R"):
-            raise Invalid(text[1:], errors={"mounts": [text[1:]]})
+            field, _, why = text[1:].partition(" ")
+            raise Invalid(why, errors={field: [why]})
         if text.startswith("E"):
             number, _, why = text[1:].partition(" ")
             if int(number) in FULL:
                 raise StorageFull(f"the sandbox could not be made: {why}")
             raise BackendFailed(f"the sandbox could not be started: {why}")
         raise BackendFailed(f"the launcher died, or said what it never says: {text!r}")
+
+    def is_done(self, timeout: float) -> bool:
+        """Whether what was asked for could be done."""
+        try:
+            self.expect(b"D", timeout)
+        except HeyvmError:
+            return False
+        return True
 
     def rest(self) -> str:
         """What bubblewrap complained of."""
@@ -560,3 +690,34 @@ def own_files(slug: str) -> dict[str, str]:
 def by_depth(mounts: tuple[Mount, ...]) -> list[Mount]:
     """Those above before those below them, which they would otherwise cover."""
     return sorted(mounts, key=lambda mount: mount.sandbox_path.count("/"))
+
+
+def id_tools() -> list[str] | None:
+    """newuidmap and newgidmap (package uidmap), without which sub-ids cannot be used."""
+    found = [shutil.which(name, path="/usr/bin:/bin") for name in ("newuidmap", "newgidmap")]
+    return None if None in found else [str(one) for one in found]
+
+
+def with_tools(ids: ranges.SubIds) -> dict[str, Any]:
+    return {"uid": ids.uid, "gid": ids.gid, "tools": id_tools()}
+
+
+def spare_uid(sandbox: Sandbox, sub_ids: ranges.SubIds | None) -> str:
+    """An id that the agent alone has; -1 where there is but one."""
+    if sandbox.id_base is not None:
+        return str(SPARE_UID)
+    return "-1" if sub_ids is None else str(min(SPARE_UID, sub_ids.uid[1]))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _wait_until_free(image: os.stat_result) -> None:
+    """The kernel lets go of a disk a moment after the last process that saw it has ended."""
+    end = time.monotonic() + DISK_GONE_S
+    while disks.in_use(image) and time.monotonic() < end:
+        time.sleep(0.01)

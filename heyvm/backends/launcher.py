@@ -25,10 +25,17 @@ import socket
 import stat
 import struct
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heyvm.backends import disks
+else:
+    # Behind everything else: nothing of the standard library's is to be found here instead.
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import disks
 
 REQUEST_BYTES = 1 << 20
-AT_FDCWD, AT_EMPTY_PATH = -100, 0x1000
+AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
@@ -42,6 +49,9 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 # machine has. Only this box's private mount namespace sees it.
 STAGE = "/run"
 IDS = 65536
+# What bubblewrap mounts on, the agent's place, and where names and the resolver are looked up.
+# CVE-2026-41579 and its kind: where one of them is a link, a mount lands elsewhere.
+PLACES = ("proc", "dev", "tmp", "run", "etc", ".heyvm")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,7 +60,12 @@ Spec = dict[str, Any]
 
 
 class Refused(Exception):
-    """Something about the sandbox's own files or mounts: the text is for the user."""
+    """Something about the sandbox's own files or mounts: the text is for the user, and `field` is
+    the one of the request that it is about."""
+
+    def __init__(self, text: str, field: str = "mounts") -> None:
+        super().__init__(text)
+        self.field = field
 
 
 def checked(result: int, what: str) -> int:
@@ -73,9 +88,15 @@ def mount(
     checked(call, f"mount {kind or source} on {target}")
 
 
+def own_mounts() -> None:
+    """A mount namespace of our own: nothing that is mounted from here on outlives its processes."""
+    unshare(CLONE_NEWNS, "mounts")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+
+
 def clone(path: str) -> int:
     """A detached copy of the mount at `path` (open_tree(2)): nothing sees it until it is moved."""
-    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_SYMLINK_NOFOLLOW
     return checked(libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(path), flags), f"clone {path}")
 
 
@@ -130,10 +151,14 @@ def make_directories(root: int, path: str) -> int:
 
 
 class UserNamespace:
-    """A new user namespace with these maps: made by a child, while the caller does other things."""
+    """A new user namespace with these maps: made by a child, while the caller does other things.
 
-    def __init__(self, uid_map: str, gid_map: str) -> None:
+    `tools`: newuidmap and newgidmap, which write maps that an ordinary user may not.
+    """
+
+    def __init__(self, uid_map: str, gid_map: str, *, tools: list[str] | None = None) -> None:
         self.maps = {"uid_map": uid_map, "gid_map": gid_map}
+        self.tools = tools
         self.ready, ready = os.pipe()
         go, self.go = os.pipe()
         self.pid = os.fork()
@@ -151,13 +176,31 @@ class UserNamespace:
         try:
             if os.read(self.ready, 1) != b"0":
                 raise Refused("the kernel refused a user namespace")
-            for name, text in self.maps.items():
-                write_file(f"/proc/{self.pid}/{name}", text)
+            self._map()
             return os.open(f"/proc/{self.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(self.ready)
             os.close(self.go)
             os.waitpid(self.pid, 0)
+
+    def _map(self) -> None:
+        if self.tools is None:
+            for name, text in self.maps.items():
+                write_file(f"/proc/{self.pid}/{name}", text)
+            return
+        for tool, text in zip(self.tools, self.maps.values()):
+            told = [tool, str(self.pid), *text.split()]
+            _, status = os.waitpid(os.posix_spawn(tool, told, {}), 0)
+            if status != 0:
+                raise OSError(errno.EPERM, f"{tool} refused the ids of /etc/subuid or /etc/subgid")
+
+
+def namespace_of_sub_ids(spec: Spec) -> UserNamespace:
+    """0 is the user who runs this, 1 and up are that user's sub-ids."""
+    ids = spec["sub_ids"]
+    own = {"uid": os.getuid(), "gid": os.getgid()}
+    maps = (f"0 {own[one]} 1 1 {ids[one][0]} {ids[one][1]}" for one in ("uid", "gid"))
+    return UserNamespace(*maps, tools=ids["tools"])
 
 
 def write_file(path: str, text: str) -> None:
@@ -171,23 +214,60 @@ def write_file(path: str, text: str) -> None:
 def make_sandbox_directory(spec: Spec) -> None:
     """Made under another name and renamed: there is a whole one or none."""
     new = spec["dir"] + ".new"
-    for name in ("", "root", "root.work", "usr", "usr.work", "log", "root/etc", "root/workspace"):
-        os.makedirs(os.path.join(new, name), exist_ok=True)
-    owned = ["root", "usr", "log", "root/etc", "root/workspace"]
+    # Not one that is there already: whose would it be?
+    os.mkdir(new, 0o700)
+    if spec["sub_ids"] is not None:
+        with open(os.path.join(new, "ids"), "x") as file:
+            json.dump(spec["sub_ids"], file)
+    if spec["disk"] is not None:
+        image = os.path.join(new, "disk.img")
+        disks.make(image, spec["disk"]["bytes"], spec["disk"]["mkfs"], spec["id_base"])
+    fill(spec, storage(new))
+    os.rename(new, spec["dir"])
+
+
+def storage(directory: str) -> str:
+    """Where what the sandbox writes is kept: its directory, or its disk, which is mounted there for
+    us and whom we start."""
+    image, disk = os.path.join(directory, "disk.img"), os.path.join(directory, "disk")
+    if not os.path.exists(image):
+        return directory
+    if not os.path.ismount(disk):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(disk, 0o700)
+        device, path = disks.attach(image)
+        mount(path, disk, "ext4", MS_NOSUID | MS_NODEV, disks.OPTIONS)
+        os.close(device)
+    return disk
+
+
+def fill(spec: Spec, place: str) -> None:
+    """The directories of a new sandbox, and the files that are its own from the beginning."""
+    lower_root = spec["lowers"]["root"]
+    missing = [name for name in PLACES if not os.path.lexists(os.path.join(lower_root, name))]
+    owned = ["log", *spec["lowers"]]
+    owned += [f"root/{name}" for name in dict.fromkeys((*missing, "etc", "workspace"))]
+    for name in (*owned, *(f"{one}.work" for one in spec["lowers"])):
+        os.mkdir(os.path.join(place, name))
+    for name, path in (("root", lower_root), ("root/etc", f"{lower_root}/etc")):
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(os.path.join(place, name), stat.S_IMODE(os.lstat(path).st_mode) & 0o1777)
+    if "tmp" in missing:
+        os.chmod(os.path.join(place, "root/tmp"), 0o1777)
     for name, text in spec["files"].items():
-        with open(os.path.join(new, "root", name), "w") as file:
+        with open(os.path.join(place, "root", name), "x") as file:
             file.write(text)
-        owned.append("root/" + name)
+        owned.append(f"root/{name}")
     if spec["id_base"] is not None:
         for name in owned:
-            os.chown(os.path.join(new, name), spec["id_base"], spec["id_base"])
-    os.rename(new, spec["dir"])
+            os.chown(os.path.join(place, name), spec["id_base"], spec["id_base"])
 
 
 def lower(path: str, namespace: int) -> int:
     """A read-only copy of `path` whose owners are the sandbox's, where kernel and file system can
     map ids; else as it is (its files then belong to nobody inside, and cannot be changed)."""
     tree = clone(path)
+    demand_directories(tree, "of its image")
     attributes = ATTR_NOSUID | ATTR_NODEV | ATTR_RDONLY
     try:
         set_attributes(tree, attributes | ATTR_IDMAP, namespace)
@@ -196,6 +276,15 @@ def lower(path: str, namespace: int) -> int:
             raise
         set_attributes(tree, attributes)
     return tree
+
+
+def demand_directories(tree: int, whose: str) -> None:
+    """What is mounted on is a directory, or missing; never a link, which leads anywhere."""
+    for name in PLACES:
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(name, dir_fd=tree, follow_symlinks=False)
+            if not stat.S_ISDIR(found.st_mode):
+                raise Refused(f"/{name} {whose} is not a directory: it cannot be run", "image")
 
 
 def stage(*names: str) -> None:
@@ -242,28 +331,24 @@ def host_mount(entry: Spec, base: int) -> int:
 
 def assemble_as_root(spec: Spec, namespace: int) -> list[int]:
     """Put the box's file system together below STAGE, in our own mount namespace."""
-    unshare(CLONE_NEWNS, "mounts")
-    mount(None, "/", None, MS_REC | MS_PRIVATE)
-    os.chdir(spec["dir"])
-    trees = {
-        "root-lower": lower(spec["template"], namespace),
-        "usr-lower": lower("/usr", namespace),
-    }
+    os.chdir(storage(spec["dir"]))
+    trees = {f"{name}-lower": lower(path, namespace) for name, path in spec["lowers"].items()}
     bundle, log = clone(spec["bundle"]), clone("log")
     set_attributes(bundle, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
     set_attributes(log, ATTR_NOSUID | ATTR_NODEV)
     mounts = [host_mount(entry, spec["id_base"]) for entry in spec["mounts"]]
-    stage("root", "usr", *trees)
+    stage(*spec["lowers"], *trees)
     for name, tree in trees.items():
         attach(tree, f"{STAGE}/{name}")
-    overlay("root", f"{STAGE}/root-lower")
-    overlay("usr", f"{STAGE}/usr-lower")
+    for name in spec["lowers"]:
+        overlay(name, f"{STAGE}/{name}-lower")
     attach_agent(bundle, log)
     return mounts
 
 
 def attach_agent(bundle: int, log: int) -> None:
     root = os.open(f"{STAGE}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    demand_directories(root, "in the sandbox")
     attach(bundle, open_beneath(root, ".heyvm"))
     attach(log, open_beneath(root, ".heyvm/log"))
     os.close(root)
@@ -276,22 +361,42 @@ def attach_mounts(entries: list[Spec], trees: list[int], path: str) -> None:
     os.close(root)
 
 
-def assemble_as_user(spec: Spec) -> list[int]:
-    """The same without the host's root: one id, plain bind mounts, an overlay of our own."""
+def assemble_as_user(spec: Spec, own: UserNamespace | None) -> list[int]:
+    """The same without the host's root: plain bind mounts, an overlay of our own."""
+    if own is None:
+        single_id_namespaces()
+    else:
+        enter(own)
+        unshare(CLONE_NEWNS, "mounts")
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    os.chdir(spec["dir"])
+    for path in spec["lowers"].values():
+        below = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        demand_directories(below, "of its image")
+        os.close(below)
+    bundle, log = tree_of_user(spec["bundle"], True), tree_of_user("log", False)
+    mounts = [mount_of_user(entry) for entry in spec["mounts"]]
+    stage(*spec["lowers"])
+    for name, path in spec["lowers"].items():
+        overlay(name, path, ",userxattr")
+    attach_agent(bundle, log)
+    return mounts
+
+
+def single_id_namespaces() -> None:
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | CLONE_NEWNS, "user and mounts")
     write_file("/proc/self/setgroups", "deny")
     write_file("/proc/self/uid_map", f"0 {uid} 1")
     write_file("/proc/self/gid_map", f"0 {gid} 1")
-    mount(None, "/", None, MS_REC | MS_PRIVATE)
-    os.chdir(spec["dir"])
-    bundle, log = tree_of_user(spec["bundle"], True), tree_of_user("log", False)
-    mounts = [mount_of_user(entry) for entry in spec["mounts"]]
-    stage("root", "usr")
-    overlay("root", spec["template"], ",userxattr")
-    overlay("usr", "/usr", ",userxattr")
-    attach_agent(bundle, log)
-    return mounts
+
+
+def enter(own: UserNamespace) -> None:
+    """Become root in a user namespace."""
+    namespace = own.open()
+    checked(libc.setns(namespace, CLONE_NEWUSER), "setns user")
+    os.close(namespace)
+    become_root_inside()
 
 
 def mount_of_user(entry: Spec) -> int:
@@ -323,6 +428,50 @@ def loopback_up() -> None:
         (flags,) = struct.unpack_from("h", request, 16)
         struct.pack_into("h", request, 16, flags | IFF_UP)
         fcntl.ioctl(sock, SIOCSIFFLAGS, request, True)
+
+
+def write_resolver(text: str | None) -> None:
+    """Make /etc/resolv.conf a plain file with this in it, whatever the sandbox or its image has put
+    there: with the rights of the sandbox's own root, and following nothing."""
+    if text is None:
+        return
+    try:
+        root = os.open(f"{STAGE}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        etc = open_beneath(root, "etc")
+        os.close(root)
+        if not holds(etc, "resolv.conf", text):
+            replace(etc, "resolv.conf", text)
+        os.close(etc)
+    except OSError as error:
+        # A full disk is the sandbox's own, and starting it is how it is mended.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise Refused(f"/etc/resolv.conf in the sandbox: {error.strerror}", "image") from None
+
+
+def holds(directory: int, name: str, text: str) -> bool:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(name, flags, dir_fd=directory)
+    except OSError:
+        return False
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
+        return file.read(len(text.encode()) + 1) == text.encode()
+
+
+def replace(directory: int, name: str, text: str) -> None:
+    mark = os.urandom(8).hex()
+    new = f".{name}.{mark}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(new, flags, 0o644, dir_fd=directory), "w") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text)
+    try:
+        os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except IsADirectoryError:
+        os.rename(name, f"{new}.old", src_dir_fd=directory, dst_dir_fd=directory)
+        os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def listen(directory: int, name: str) -> tuple[socket.socket, socket.socket]:
@@ -379,7 +528,8 @@ def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -
         # What `ps` shows; the keeper finds a crashed server's boxes by it.
         spec["title"],
         *("--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"),
-        *("--bind", f"{STAGE}/root", "/", "--bind", f"{STAGE}/usr", "/usr"),
+        *("--bind", f"{STAGE}/root", "/"),
+        *(("--bind", f"{STAGE}/usr", "/usr") if "usr" in spec["lowers"] else ()),
         *("--proc", "/proc", "--dev", "/dev"),
         *("--perms", "1777", "--tmpfs", "/dev/shm", "--perms", "1777", "--tmpfs", "/tmp"),
         *("--perms", "0755", "--tmpfs", "/run"),
@@ -389,7 +539,7 @@ def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -
     for path in spec["masked"]:
         arguments += ["--ro-bind", "/dev/null", path]
     if spec["id_base"] is None:
-        # With one id for all, pid 1's are its neighbours' to write.
+        # Where pid 1 has its neighbours' id, or its root has ours, these are theirs to write.
         scores = ("oom_score_adj", "oom_adj", "task/1/oom_score_adj", "task/1/oom_adj")
         for path in (*scores, "autogroup"):
             if os.path.exists(f"/proc/self/{path.removeprefix('task/1/')}"):
@@ -409,17 +559,21 @@ def memory_file(content: bytes) -> int:
 
 def start_box(spec: Spec, say: int) -> None:
     base = spec["id_base"]
-    ids = f"0 {base} {IDS}"
-    own = None if base is None else UserNamespace(ids, ids)
-    if not os.path.isdir(spec["dir"]):
+    own = None
+    if base is not None:
+        own = UserNamespace(f"0 {base} {IDS}", f"0 {base} {IDS}")
+        own_mounts()
+    elif spec["sub_ids"] is not None:
+        own = namespace_of_sub_ids(spec)
+    if not os.path.lexists(spec["dir"]):
         make_sandbox_directory(spec)
     with open(spec["seccomp"], "rb") as file:
         seccomp = memory_file(file.read())
     sockets = os.open(spec["socket_dir"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     status_flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     status = os.open(os.path.join(spec["dir"], "status"), status_flags, 0o600)
-    if own is None:
-        mounts = assemble_as_user(spec)
+    if base is None or own is None:
+        mounts = assemble_as_user(spec, own)
     else:
         namespace = own.open()
         mounts = assemble_as_root(spec, namespace)
@@ -429,8 +583,9 @@ def start_box(spec: Spec, say: int) -> None:
     loopback_up()
     agent, first = listen(sockets, spec["socket_name"])
     os.close(sockets)
-    if own is not None:
+    if base is not None:
         become_root_inside()
+    write_resolver(spec["resolv_conf"])
     if mounts:
         # Attached in mounts of the sandbox's own user namespace: what comes from the host's is
         # locked there, and could not be taken out again while it runs.
@@ -500,7 +655,34 @@ def remove_mount(spec: Spec, say: int) -> None:
             raise
 
 
-ACTIONS = {"box": start_box, "add_mount": add_mount, "remove_mount": remove_mount}
+def open_log(spec: Spec, say: int) -> None:
+    """Hand over a descriptor of a sandbox's log directory, which keeps its disk for as long as it
+    is open."""
+    own_mounts()
+    place = os.open(storage(spec["dir"]), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    log = open_beneath(place, "log")
+    socket.send_fds(socket.socket(fileno=os.dup(say)), [b"L"], [log])
+
+
+def try_sub_ids(spec: Spec, say: int) -> None:
+    enter(namespace_of_sub_ids(spec))
+
+
+def remove_tree(spec: Spec, say: int) -> None:
+    """Remove what belongs to sub-ids, as those who may: it says the rest itself."""
+    enter(namespace_of_sub_ids(spec))
+    settle_process(say, set())
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-B", *spec["remove"]], {})
+
+
+ACTIONS = {
+    "box": start_box,
+    "add_mount": add_mount,
+    "remove_mount": remove_mount,
+    "log": open_log,
+    "try_sub_ids": try_sub_ids,
+    "remove": remove_tree,
+}
 
 
 def serve(spec: Spec, say: int) -> None:
@@ -513,7 +695,7 @@ def serve(spec: Spec, say: int) -> None:
         os.write(say, b"D")
         code = 0
     except Refused as error:
-        os.write(say, b"R" + str(error).encode())
+        os.write(say, f"R{error.field} {error}".encode())
     except OSError as error:
         number = error.errno or 0
         os.write(say, b"E%d " % number + str(error.strerror or error).encode())

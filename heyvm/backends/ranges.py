@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from heyvm.errors import Unavailable
 
@@ -19,6 +21,38 @@ BLOCK = SIZE * RANGES_PER_BLOCK
 # Above what useradd (SUB_UID_MAX, 600100000) and systemd-nspawn (up to 0x6fffffff) hand out.
 LOWEST, HIGHEST = 0x70000000, 0xFFF00000
 FILES = ("subuid", "subgid")
+
+
+@dataclass(frozen=True)
+class SubIds:
+    """What an ordinary user was given beside the own id: for users and groups, the first and how
+    many."""
+
+    uid: tuple[int, int]
+    gid: tuple[int, int]
+
+    def hold(self, others: SubIds) -> bool:
+        """Whether all of theirs mean the same here."""
+        pairs = ((self.uid, others.uid), (self.gid, others.gid))
+        return all(own[0] == other[0] and own[1] >= other[1] for own, other in pairs)
+
+
+def sub_ids(uid: int, etc: str = "/etc") -> SubIds | None:
+    """The first line for this user in each of /etc/subuid and /etc/subgid (subuid(5): by name or
+    by number); None without. No more of them than a range of our own has."""
+    owners = {str(uid)}
+    try:
+        owners.add(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        pass
+    found = []
+    for name in FILES:
+        lines = _lines(f"{etc}/{name}")
+        mine = [(start, count) for owner, start, count in lines if owner in owners and count > 0]
+        if not mine:
+            return None
+        found.append((mine[0][0], min(mine[0][1], SIZE - 1)))
+    return SubIds(*found)
 
 
 def free(mark: str, taken: frozenset[int], etc: str = "/etc") -> int:
