@@ -191,15 +191,19 @@ def ids(machine: Machine) -> Check:
 
 
 def groups() -> Check:
-    """cgroups hold a sandbox's processes together; without one they are found another way."""
-    from heyvm.backends import cgroups
+    """Limits, pause and usage are theirs."""
+    from heyvm.backends.cgroups import LIMITED, Groups
 
-    found = cgroups.hierarchies()
-    if not found:
-        what = "none that may be written; a sandbox's processes are found by what they see instead"
-        return Check(OK if os.geteuid() else WARN, "cgroups", what)
-    kinds = {"v2" if Path(path, "cgroup.controllers").exists() else "v1" for path in found}
-    return Check(OK, "cgroups", f"{' and '.join(sorted(kinds))}, {', '.join(found)}")
+    found = Groups("doctor")
+    if not found.places:
+        what = "none that may be written: limits are of single processes, and there is no pause"
+        cure = "run the server as root, or in a session of systemd with cgroup v2"
+        return Check(WARN, "cgroups", what, cure)
+    where = ", ".join(f"{place.path} (v{place.version})" for place in found.places)
+    if missing := sorted(set(LIMITED) - found.controllers):
+        what = f"{where}, without a controller for {', '.join(missing)}: not limited"
+        return Check(WARN, "cgroups", what, "cgroup v2 with these controllers delegated")
+    return Check(OK, "cgroups", where)
 
 
 def run_directory(settings: Settings) -> Check:

@@ -20,16 +20,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heyvm import guest
 from heyvm.backends import bundle, cgroups, disks, hostdirs, hostfiles, pids, ranges, seccomp, trees
-from heyvm.backends.base import Backend, Offer, State
+from heyvm.backends import network as networking
+from heyvm.backends.base import Backend, Offer, Reading, State
 from heyvm.errors import BackendFailed, HeyvmError, Invalid, StorageFull, Unavailable
-from heyvm.models import CreateSpec, Mount, Network, Sandbox
+from heyvm.models import CreateSpec, Limits, Mount, Network, Sandbox
 from heyvm.settings import Settings
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -76,7 +77,9 @@ class Bubblewrap(Backend):
         self.mark = settings.mark
         self.sandboxes = settings.data_dir / "sandboxes"
         self.trash = settings.data_dir / "trash"
-        self.launcher = Launcher(cgroups.tree(self.mark))
+        self.groups = cgroups.Groups(self.mark)
+        self.launcher = Launcher(self.groups)
+        self.networks = networking.Networks(settings)
         self.policy = hostdirs.Policy(
             settings.mount_roots, (settings.data_dir, settings.run_dir), settings.mount_system_ids
         )
@@ -102,6 +105,7 @@ class Bubblewrap(Backend):
         """Do now what the first start would wait for."""
         self.parts()
         self.launcher.warm()
+        self.networks.warm()
 
     def parts(self) -> Parts:
         with self._lock:
@@ -154,10 +158,16 @@ class Bubblewrap(Backend):
         )
 
     def _offer_network(self, spec: CreateSpec) -> tuple[Network, tuple[str, ...]]:
-        return spec.network or Network("none"), ()
+        wanted = spec.network or Network()
+        if wanted.mode == "none" or (problem := self.networks.problem()) is None:
+            return wanted, ()
+        if spec.network is not None:
+            text = f"no sandbox can have a network here: {problem}"
+            raise Invalid(text, errors={"network": [text]})
+        return Network("none"), (f"it has no network: {problem}",)
 
     def _offer_limits(self, spec: CreateSpec) -> tuple[str, ...]:
-        return ()
+        return self.groups.offer(Limits(spec.cpus, spec.memory, spec.pids))
 
     def _offer_ids(self) -> str:
         if self.root:
@@ -230,6 +240,8 @@ class Bubblewrap(Backend):
         return {
             "action": "box",
             "title": self._title(sandbox.id),
+            "cgroups": self.groups.specification(sandbox.id, sandbox.limits),
+            "rlimits": self.groups.rlimits(sandbox.limits),
             "bwrap": self._bwrap(),
             "dir": str(self.sandboxes / sandbox.id),
             "id_base": sandbox.id_base,
@@ -246,7 +258,8 @@ class Bubblewrap(Backend):
             "socket_name": f"{sandbox.id}.sock",
             "hostname": sandbox.slug,
             "files": own_files(sandbox.slug),
-            "resolv_conf": None,
+            "network": self.networks.specification(sandbox, visit),
+            "resolv_conf": self.networks.resolv_conf(sandbox.network),
             "mounts": [self._mount(mount) for mount in by_depth(sandbox.mounts)],
         }
 
@@ -314,11 +327,14 @@ class Bubblewrap(Backend):
             guest.greet(first, START_TIMEOUT_S)
             first.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
             path = os.path.join(spec["socket_dir"], spec["socket_name"])
-            record({**note_of(agent, path), "set_id": spec["set_id"]})
+            note = {"set_id": spec["set_id"], "oom_kills": sandbox.oom_kills}
+            record({**note_of(agent, path), **note})
             return first
         except OSError as error:
             first.close()
             complaint = words.rest() or str(error)
+            if self.groups.oom_kills(sandbox.id):
+                complaint = f"out of memory: its limit of {sandbox.limits.memory} bytes is too low"
             raise BackendFailed(f"sandbox {sandbox.slug!r} did not start: {complaint}") from None
         except BaseException:
             first.close()
@@ -327,7 +343,16 @@ class Bubblewrap(Backend):
     def _kill_untold(self, sandbox: Sandbox, spec: dict[str, Any]) -> None:
         """Undo a start of which no note may have been made."""
         pids.kill_and_wait(self._boxes().get(sandbox.id, []), KILL_TIMEOUT_S)
+        self.networks.end(sandbox.id)
+        self._empty_group(sandbox.id)
         self._remove_socket(os.path.join(spec["socket_dir"], spec["socket_name"]))
+
+    def _empty_group(self, sandbox_id: str) -> bool:
+        """True: nothing is left in its group, which is gone (or else is when it starts again)."""
+        emptied = self.groups.kill(sandbox_id, KILL_TIMEOUT_S)
+        if emptied:
+            self.groups.remove(sandbox_id)
+        return emptied
 
     # --- living ---------------------------------------------------------------------------------
 
@@ -353,7 +378,9 @@ class Bubblewrap(Backend):
             return "the machine was restarted"
         if pids.Process(sandbox.state["pid"], sandbox.state["start"]).alive():
             return None
-        return f"its agent (pid 1 of the sandbox) {self._ending(sandbox.id)}"
+        killed = self.groups.oom_kills(sandbox.id)
+        out = f" (out of memory: its limit ended {killed} of its processes)" if killed else ""
+        return f"its agent (pid 1 of the sandbox) {self._ending(sandbox.id)}{out}"
 
     def _ending(self, sandbox_id: str) -> str:
         """How bubblewrap saw pid 1 end; it writes that to a file of ours, not of the sandbox."""
@@ -382,6 +409,7 @@ class Bubblewrap(Backend):
     def stop(self, sandbox: Sandbox, *, grace: float) -> None:
         agent = self._agent(sandbox)
         if agent is not None and grace > 0 and agent.alive():
+            self.groups.thaw(sandbox.id)
             # The agent is not trusted: whatever it does with this, its time is bounded.
             with contextlib.suppress(HeyvmError, OSError), self.connect(sandbox) as sock:
                 guest.stop(sock, grace)
@@ -401,15 +429,21 @@ class Bubblewrap(Backend):
             found = [agent]
             if "outer" in sandbox.state:
                 found.append(pids.Process(*sandbox.state["outer"]))
+        for process in found:
+            process.kill()
+        self.groups.thaw(sandbox.id)  # what v1's freezer holds does not die
         left = pids.kill_and_wait(found, KILL_TIMEOUT_S)
-        if left:
-            numbers = ", ".join(str(one.pid) for one in left)
+        self.networks.end(sandbox.id)
+        if left or not self._empty_group(sandbox.id):
+            pids_left = {one.pid for one in left} | self.groups.pids(sandbox.id)
+            numbers = ", ".join(map(str, sorted(pids_left)))
             raise BackendFailed(f"processes {numbers} of sandbox {sandbox.slug!r} will not die")
         if isinstance(path := sandbox.state.get("socket"), str):
             self._remove_socket(path)
 
     def destroy(self, sandbox: Sandbox) -> None:
         self._kill(sandbox, self._agent(sandbox))
+        self.networks.forget(sandbox)
         self._erase(sandbox.id)
 
     def _erase(self, sandbox_id: str) -> None:
@@ -447,6 +481,17 @@ class Bubblewrap(Backend):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
 
+    # --- halting and measuring ------------------------------------------------------------------
+
+    def pause(self, sandbox: Sandbox) -> None:
+        self.groups.freeze(sandbox.id)
+
+    def resume(self, sandbox: Sandbox) -> None:
+        self.groups.thaw(sandbox.id)
+
+    def usage(self, sandbox: Sandbox) -> Reading:
+        return self.groups.usage(sandbox.id)
+
     # --- mounts ---------------------------------------------------------------------------------
 
     def check_mount(self, mount: Mount) -> None:
@@ -471,7 +516,7 @@ class Bubblewrap(Backend):
     # --- left-overs -----------------------------------------------------------------------------
 
     def inventory(self) -> frozenset[str]:
-        names = set(self._boxes())
+        names = set(self._boxes()) | {one for one in self.groups.names() if ID.fullmatch(one)}
         places = [self.sandboxes, *(self.settings.run_dir / one for one in ("agents", "visits"))]
         for place in places:
             with contextlib.suppress(FileNotFoundError):
@@ -482,10 +527,21 @@ class Bubblewrap(Backend):
         boxes = self._boxes() if strays else {}
         for name in strays:
             pids.kill_and_wait(boxes.get(name, []), KILL_TIMEOUT_S)
+            self.networks.end(name)
+            self._empty_group(name)
             self._erase(name)
+        self.networks.sweep()
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.trash):
                 self._remove_tree(self.trash / name)
+
+    def upkeep(self, running: Sequence[Sandbox]) -> None:
+        self.networks.upkeep(running, self._renew_network)
+
+    def _renew_network(self, sandbox: Sandbox, network: dict[str, Any]) -> None:
+        spec = {"action": "renew_network", "pid": sandbox.state["pid"], "network": network}
+        with self.launcher.ask(spec) as words:
+            words.expect(b"D", START_TIMEOUT_S)
 
     def _title(self, sandbox_id: str) -> str:
         return f"heyvm:{self.mark}:{sandbox_id}"
@@ -533,7 +589,7 @@ class Bubblewrap(Backend):
 class Launcher:
     """This process's `launcher.py`, started when first asked, and again when it has died."""
 
-    def __init__(self, groups: list[str]) -> None:
+    def __init__(self, groups: cgroups.Groups) -> None:
         self._groups = groups
         self._sock: socket.socket | None = None
         self._owner = 0
@@ -577,10 +633,12 @@ class Launcher:
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         os.set_inheritable(theirs.fileno(), True)
-        options = ["-I", "-S", "-B", str(LAUNCHER), str(theirs.fileno()), *self._groups]
-        arguments = [sys.executable, *options]
+        groups = json.dumps(self._groups.launcher)
+        options = ["-I", "-S", "-B", str(LAUNCHER), str(theirs.fileno()), groups]
+        arguments = [*self._groups.scope, sys.executable, *options]
         # Its environment is empty: nothing of the server's is there for a sandbox to find.
-        self._child = os.posix_spawn(sys.executable, arguments, {}, setsid=True)
+        environment = {} if not self._groups.scope else user_bus()
+        self._child = os.posix_spawn(arguments[0], arguments, environment, setsid=True)
         theirs.close()
         self._sock, self._owner = ours, os.getpid()
 
@@ -590,6 +648,11 @@ class Launcher:
         self._sock = None
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, os.WNOHANG)
+
+
+def user_bus() -> dict[str, str]:
+    """What systemd-run has to know to find the user's systemd."""
+    return {"XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}
 
 
 class Words:

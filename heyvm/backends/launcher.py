@@ -1,9 +1,9 @@
 """The process that starts boxes: one small interpreter per worker, asked over a socket.
 
-Run as `python -I -S -B launcher.py FD CGROUP...`. It stands alone: no import of the server, none of
-its environment, descriptors or memory. Each request is served by a fork of it (which has one thread
-and holds nothing else): 1 ms where a fresh interpreter takes 10. A box's parent is this process or
-init, never a worker, so no box notices that a worker came or went.
+Run as `python -I -S -B launcher.py FD GROUPS` (JSON: `cgroups.Groups.launcher`). It stands alone:
+no import of the server, none of its environment, descriptors or memory. Each request is served by a
+fork of it (which has one thread and holds nothing else): 1 ms where a fresh interpreter takes 10. A
+box's parent is this process or init, never a worker, so no box notices that a worker came or went.
 
 A request is one datagram: JSON, with a stream socket attached for the answer: `L` and a connection
 to the agent once its socket listens, then whatever bubblewrap or the agent complain of; `D` where
@@ -16,10 +16,10 @@ import array
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import stat
@@ -28,27 +28,29 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heyvm.backends import disks
+    from heyvm.backends import disks, netns
 else:
     # Behind everything else: nothing of the standard library's is to be found here instead.
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import disks
+    import netns
 
 REQUEST_BYTES = 1 << 20
 AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
+SYS_CLONE3, CLONE_INTO_CGROUP = 435, 0x200000000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC = 1, 0o2000000
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_IDMAP = 0x1, 0x2, 0x4, 0x100000
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x2, 0x4, 0x8
-SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 # bubblewrap covers /tmp with a tree of its own, so our parts stand under another path that every
 # machine has. Only this box's private mount namespace sees it.
 STAGE = "/run"
 IDS = 65536
+CALM_S = 0.03
 # What bubblewrap mounts on, the agent's place, and where names and the resolver are looked up.
 # CVE-2026-41579 and its kind: where one of them is a link, a mount lands elsewhere.
 PLACES = ("proc", "dev", "tmp", "run", "etc", ".heyvm")
@@ -201,6 +203,111 @@ def namespace_of_sub_ids(spec: Spec) -> UserNamespace:
     own = {"uid": os.getuid(), "gid": os.getgid()}
     maps = (f"0 {own[one]} 1 1 {ids[one][0]} {ids[one][1]}" for one in ("uid", "gid"))
     return UserNamespace(*maps, tools=ids["tools"])
+
+
+class Spare:
+    """A fork of us for the next box, already in v1 groups of its own, which it then renames: at a
+    first move of a process the kernel waits for every CPU, 5 to 30 ms."""
+
+    def __init__(self, parents: list[str], control: socket.socket) -> None:
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REQUEST_BYTES)
+        self.pid = os.fork()
+        if self.pid == 0:
+            control.close()
+            self.sock.close()
+            wait_as_spare(theirs, parents)
+        theirs.close()
+
+    def give(self, data: bytes, say: int) -> None:
+        """Raises OSError where somebody has killed it."""
+        with self.sock:
+            socket.send_fds(self.sock, [data], [say])
+
+    def end(self) -> None:
+        self.sock.close()
+        with contextlib.suppress(ChildProcessError):  # nobody reaps: this only waits
+            os.waitpid(self.pid, 0)
+
+
+def wait_as_spare(sock: socket.socket, parents: list[str]) -> None:
+    """Until there is a box to be made, or the launcher ends."""
+    ours = [os.path.join(parent, f"spare-{os.getpid()}") for parent in parents]
+    # A move holds up every other change of a cgroup: not while the box before is being made.
+    select.select([sock], [], [], CALM_S)
+    with contextlib.suppress(OSError):  # what is amiss is told to whoever asks for a box
+        for _ in range(2):  # the keeper removes what is empty
+            with contextlib.suppress(FileNotFoundError):
+                join_groups(ours)
+    request = receive(sock)
+    if request is None:
+        leave_groups(ours)
+        os._exit(0)
+    sock.close()
+    data, say = request
+    serve(json.loads(data), say, ours)
+
+
+def join_groups(paths: list[str]) -> None:
+    for path in paths:
+        make_group(path)
+        write_file(os.path.join(path, "cgroup.procs"), "0")
+
+
+def leave_groups(paths: list[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            write_file(os.path.join(os.path.dirname(path), "cgroup.procs"), "0")
+            os.rmdir(path)
+
+
+def take_groups(wanted: Spec, ours: list[str]) -> None:
+    """Make the groups that we are in the sandbox's."""
+    set_parents(wanted["parents"])
+    for path, _ in wanted["groups"]:
+        (own,) = (one for one in ours if os.path.dirname(one) == os.path.dirname(path))
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(path)
+        os.rename(own, path)
+    set_limits(wanted["groups"])
+
+
+def fork_into_group(wanted: Spec) -> int:
+    """fork(2) whose child is born in a new v2 group (clone3(2))."""
+    set_parents(wanted["parents"])
+    ((path, _),) = wanted["groups"]
+    make_group(path)
+    set_limits(wanted["groups"])
+    group = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        arguments = struct.pack("11Q", CLONE_INTO_CGROUP, *[0] * 3, signal.SIGCHLD, *[0] * 5, group)
+        return checked(libc.syscall(SYS_CLONE3, arguments, len(arguments)), "clone3")
+    finally:
+        os.close(group)
+
+
+def set_parents(parents: list[Any]) -> None:
+    """What cannot be set there is missed by the sandbox's own group, or by nobody."""
+    for path, files in parents:
+        with contextlib.suppress(OSError):
+            os.makedirs(path, exist_ok=True)
+        for name, text in files:
+            with contextlib.suppress(OSError):
+                write_file(os.path.join(path, name), text)
+
+
+def set_limits(groups: list[Any]) -> None:
+    for path, files in groups:
+        for name, text, must in files:
+            with contextlib.nullcontext() if must else contextlib.suppress(OSError):
+                write_file(os.path.join(path, name), text)
+
+
+def make_group(path: str) -> None:
+    """A fresh one: what an earlier one counted is not this box's."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+    os.makedirs(path)
 
 
 def write_file(path: str, text: str) -> None:
@@ -421,15 +528,6 @@ def become_root_inside() -> None:
     os.setresuid(0, 0, 0)
 
 
-def loopback_up() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        request = bytearray(struct.pack("16s24x", b"lo"))
-        fcntl.ioctl(sock, SIOCGIFFLAGS, request, True)
-        (flags,) = struct.unpack_from("h", request, 16)
-        struct.pack_into("h", request, 16, flags | IFF_UP)
-        fcntl.ioctl(sock, SIOCSIFFLAGS, request, True)
-
-
 def write_resolver(text: str | None) -> None:
     """Make /etc/resolv.conf a plain file with this in it, whatever the sandbox or its image has put
     there: with the rights of the sandbox's own root, and following nothing."""
@@ -454,10 +552,12 @@ def holds(directory: int, name: str, text: str) -> bool:
         descriptor = os.open(name, flags, dir_fd=directory)
     except OSError:
         return False
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return False
-        return file.read(len(text.encode()) + 1) == text.encode()
+        return os.read(descriptor, len(text.encode()) + 1) == text.encode()
+    finally:
+        os.close(descriptor)
 
 
 def replace(directory: int, name: str, text: str) -> None:
@@ -504,8 +604,7 @@ def listen(directory: int, name: str) -> tuple[socket.socket, socket.socket]:
 def join_cgroups(paths: list[str]) -> None:
     """Leave the server's groups: systemd stops a unit by its group, whatever sessions it made.
 
-    Once, here: what is forked inherits it, while each move of a process costs 10 ms (the kernel
-    waits for every CPU).
+    Once, here: what is forked inherits it. Limits are those of each sandbox's own group.
     """
     for path in paths:
         try:
@@ -518,9 +617,11 @@ def join_cgroups(paths: list[str]) -> None:
 def leave_cgroups(paths: list[str]) -> None:
     """Back to the top, and away with ours unless a sandbox is still in it."""
     for path in paths:
+        above = os.path.dirname(path)
         with contextlib.suppress(OSError):
-            write_file(os.path.join(os.path.dirname(path), "cgroup.procs"), "0")
+            write_file(os.path.join(os.path.dirname(above), "cgroup.procs"), "0")
             os.rmdir(path)
+            os.rmdir(above)
 
 
 def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -> list[str]:
@@ -559,6 +660,7 @@ def memory_file(content: bytes) -> int:
 
 def start_box(spec: Spec, say: int) -> None:
     base = spec["id_base"]
+    network = netns.Network(spec["network"])
     own = None
     if base is not None:
         own = UserNamespace(f"0 {base} {IDS}", f"0 {base} {IDS}")
@@ -567,6 +669,9 @@ def start_box(spec: Spec, say: int) -> None:
         own = namespace_of_sub_ids(spec)
     if not os.path.lexists(spec["dir"]):
         make_sandbox_directory(spec)
+    found = os.lstat(spec["dir"])
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise OSError(errno.ENOTDIR, f"{spec['dir']} is not a directory of this server's")
     with open(spec["seccomp"], "rb") as file:
         seccomp = memory_file(file.read())
     sockets = os.open(spec["socket_dir"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -574,13 +679,15 @@ def start_box(spec: Spec, say: int) -> None:
     status = os.open(os.path.join(spec["dir"], "status"), status_flags, 0o600)
     if base is None or own is None:
         mounts = assemble_as_user(spec, own)
+        network.make()
     else:
         namespace = own.open()
         mounts = assemble_as_root(spec, namespace)
+        # Before the sandbox's user namespace: it belongs to the host's, and nobody inside can
+        # have any capability over it.
+        network.make()
         checked(libc.setns(namespace, CLONE_NEWUSER), "setns user")
         os.close(namespace)
-    unshare(CLONE_NEWNET, "network")
-    loopback_up()
     agent, first = listen(sockets, spec["socket_name"])
     os.close(sockets)
     if base is not None:
@@ -596,6 +703,7 @@ def start_box(spec: Spec, say: int) -> None:
     arguments = bubblewrap_arguments(spec, seccomp, status, agent.fileno())
     socket.send_fds(socket.socket(fileno=say), [b"L"], [first.fileno()])
     settle_process(say, {seccomp, status, agent.fileno()})
+    limit_resources(spec["rlimits"])
     os.execve(spec["bwrap"], arguments, {})
 
 
@@ -612,6 +720,15 @@ def settle_process(say: int, keep: set[int]) -> None:
     os.umask(0o022)
     # A core of at most 1 byte is no core, and is never piped to a handler on the host (core(5)).
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+
+def limit_resources(wanted: Spec) -> None:
+    """What is inherited by everything in the box, and raised by nobody there."""
+    for name, value in wanted.items():
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        least = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (least, least))
 
 
 def enter_user_namespace(spec: Spec) -> int:
@@ -636,6 +753,11 @@ def add_mount(spec: Spec, say: int) -> None:
         inside = enter_user_namespace(spec)
     checked(libc.setns(inside, CLONE_NEWNS), "setns mnt")
     attach_mounts([entry], [tree], "/")
+
+
+def renew_network(spec: Spec, say: int) -> None:
+    """An ordinary user's sandbox has lost its pasta, or the host has another address."""
+    netns.renew(spec["network"], spec["pid"])
 
 
 def remove_mount(spec: Spec, say: int) -> None:
@@ -682,15 +804,18 @@ ACTIONS = {
     "log": open_log,
     "try_sub_ids": try_sub_ids,
     "remove": remove_tree,
+    "renew_network": renew_network,
 }
 
 
-def serve(spec: Spec, say: int) -> None:
+def serve(spec: Spec, say: int, ours: list[str] = []) -> None:  # noqa: B006 - is only read
     """In the child: do what is asked, tell the outcome, never return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     code = 1
     try:
+        if ours:
+            take_groups(spec["cgroups"], ours)
         ACTIONS[spec["action"]](spec, say)
         os.write(say, b"D")
         code = 0
@@ -719,6 +844,40 @@ def receive(sock: socket.socket) -> tuple[bytes, int] | None:
                 return data, array.array("i", payload[:size])[0]
 
 
+class Forks:
+    """How a process for a request comes to be."""
+
+    def __init__(self, control: socket.socket, parents: list[str]) -> None:
+        self.control, self.parents = control, parents
+        self.spare = Spare(parents, control) if parents else None
+
+    def serve(self, data: bytes, say: int) -> None:
+        spec = json.loads(data)
+        try:
+            if spec["action"] == "box" and self.parents:
+                self.hand_on(data, say)
+            elif spec["action"] == "box" and spec["cgroups"]["groups"]:
+                self.fork(fork_into_group(spec["cgroups"]), spec, say)
+            else:
+                self.fork(os.fork(), spec, say)
+        except OSError as error:
+            os.write(say, b"E0 its cgroup: " + repr(error).encode())
+
+    def fork(self, pid: int, spec: Spec, say: int) -> None:
+        if pid == 0:
+            self.control.close()
+            serve(spec, say)
+
+    def hand_on(self, data: bytes, say: int) -> None:
+        assert self.spare is not None
+        try:
+            self.spare.give(data, say)
+        except OSError:  # somebody has killed it
+            self.spare = Spare(self.parents, self.control)
+            self.spare.give(data, say)
+        self.spare = Spare(self.parents, self.control)
+
+
 def main() -> None:
     control = int(sys.argv[1])
     os.closerange(3, control)
@@ -730,16 +889,18 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need no reaping
-    join_cgroups(sys.argv[2:])
+    groups = json.loads(sys.argv[2])
+    join_cgroups(groups["leaves"])
     sock = socket.socket(fileno=control)
     sock.setblocking(True)  # gevent has made the pair otherwise
+    forks = Forks(sock, groups["spares"])
     while (request := receive(sock)) is not None:
         data, say = request
-        if os.fork() == 0:
-            sock.close()
-            serve(json.loads(data), say)
+        forks.serve(data, say)
         os.close(say)
-    leave_cgroups(sys.argv[2:])
+    if forks.spare is not None:
+        forks.spare.end()
+    leave_cgroups(groups["leaves"])
 
 
 main()
