@@ -91,6 +91,7 @@ def every_check(settings: Settings, machine: Machine) -> Iterator[Check]:
     yield idmapped_mounts(machine)
     yield ids(machine)
     yield groups()
+    yield network(settings)
     yield run_directory(settings)
     yield data_directory(settings, machine)
     yield space(settings)
@@ -206,6 +207,19 @@ def groups() -> Check:
     return Check(OK, "cgroups", where)
 
 
+def network(settings: Settings) -> Check:
+    """What carries a sandbox's packets, and which resolvers it is given."""
+    from heyvm.backends.network import Networks, resolvers
+
+    name = "network"
+    with _own_directories(settings) as own:
+        problem = Networks(own).problem()
+    if problem is not None:
+        return Check(WARN, name, f"sandboxes have none: {problem}")
+    kind = "interface pairs and nftables" if os.geteuid() == 0 else "pasta and nftables"
+    return Check(OK, name, f"{kind}; names are asked of {', '.join(resolvers())}")
+
+
 def run_directory(settings: Settings) -> Check:
     """The path of a unix socket is short."""
     length = len(os.fsencode(settings.run_dir / LONGEST_SOCKET))
@@ -282,8 +296,9 @@ def _own_directories(settings: Settings) -> Iterator[Settings]:
 
 def _give_back(own: Settings) -> None:
     """Ids and cgroups that were reserved for the directories that go."""
-    from heyvm.backends import cgroups, ranges
+    from heyvm.backends import cgroups, network, ranges
 
+    network.Networks(own).remove()
     with contextlib.suppress(HeyvmError, OSError):
         cgroups.remove_tree(own.mark)
         if os.geteuid() == 0:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from heyvm import backends
 from heyvm.errors import HeyvmError
+from heyvm.images import Images
 from heyvm.lifecycle import Lifecycle
 from heyvm.registry import Entry, Registry
 from heyvm.settings import Settings, from_env
@@ -34,6 +35,7 @@ POLL_S = 0.5  # one look costs 25 µs for each sandbox that runs
 WATCH_S = 0.5
 FAILED_REST_S = 10.0
 SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
+UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
 LONGEST_REST_S = 30.0
 AT_ONCE = 32
@@ -52,6 +54,7 @@ class Keeper:
     def __init__(self, lifecycle: Lifecycle, *, say: Callable[[str], None]) -> None:
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
+        self._images = Images(lifecycle.registry, lifecycle.settings)
         self._say = _Seldom(say)
         self._works = _Works(say)
         self._changes: int | None = None
@@ -61,6 +64,7 @@ class Keeper:
             _Round(0.0, self._attend_unsettled),
             _Round(POLL_S, self._attend_dead),
             _Round(SWEEP_S, self._sweep),
+            _Round(UPKEEP_S, self._upkeep),
             _Round(CHORES_S, self._tidy_registry),
         )
 
@@ -113,12 +117,18 @@ class Keeper:
     def _sweep(self) -> None:
         for name in self._lifecycle.backends:
             self._works.begin(f"sweep {name}", partial(self._sweep_now, name))
+        self._works.begin("sweep images", self._images.sweep)
 
     def _sweep_now(self, name: str) -> None:
         strays = self._strays(name)
         self._lifecycle.backends[name].sweep(strays)
         if strays:
             self._say(f"removed left-overs of {', '.join(sorted(strays))}")
+
+    def _upkeep(self) -> None:
+        for name, backend in self._lifecycle.backends.items():
+            running = [one.sandbox for one in self._running if one.sandbox.backend_type == name]
+            self._works.begin(f"upkeep {name}", partial(backend.upkeep, running))
 
     def _strays(self, name: str) -> frozenset[str]:
         there = self._lifecycle.backends[name].inventory()

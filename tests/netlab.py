@@ -56,7 +56,7 @@ def tcp(family, address, port):
                     client.sendall(len(reply).to_bytes(2, "big") + reply)
                 else:
                     text = f"reached {client.getsockname()[0]} from {client.getpeername()[0]}"
-                    first = client.recv(64) if port == 80 else b""
+                    first = client.recv(4096) if port == 80 else b""
                     if first[:3] == b"BIG":
                         client.sendall(b"x" * 3000000)
                     else:
@@ -199,9 +199,14 @@ class Lab:
 
     def on_host(self) -> list[str]:
         """What a command is begun with that is started in `host()`, so that it sees the lab's
-        resolv.conf, and otherwise the machine as it is."""
-        bind = f"mount --bind /etc/netns/{self.host_name}/resolv.conf /etc/resolv.conf"
-        return ["unshare", "--mount", "sh", "-c", f'{bind} && exec "$@"', "sh"]
+        resolv.conf, a /dev/net/tun as distributions have it, and otherwise the machine as it is."""
+        own = f"/etc/netns/{self.host_name}"
+        if not os.path.exists(f"{own}/tun"):
+            subprocess.run(("mknod", "-m", "666", f"{own}/tun", "c", "10", "200"), check=True)
+        binds = f"mount --bind {own}/resolv.conf /etc/resolv.conf && "
+        if os.path.exists("/dev/net/tun"):
+            binds += f"mount --bind {own}/tun /dev/net/tun && "
+        return ["unshare", "--mount", "sh", "-c", f'{binds}exec "$@"', "sh"]
 
     def close(self) -> None:
         for process in self.processes:

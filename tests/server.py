@@ -20,7 +20,7 @@ from typing import Any
 
 import requests
 
-from heyvm.backends import cgroups, ranges, trees
+from heyvm.backends import cgroups, network, ranges, trees
 from heyvm.settings import mark_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -206,6 +206,7 @@ class Server:
         found += [f"process {pid}: {command_line(pid)!r}" for pid in self.server_pids()]
         found += [f"mount: {line}" for line in lines_with("/proc/self/mountinfo", str(self.home))]
         found += [f"cgroup: {path}" for path in self.cgroups()]
+        found += self.network_left_overs()
         sandboxes = self.data_dir / "sandboxes"
         found += [f"directory: {path}" for path in entries(sandboxes)]
         found += [f"trash: {path}" for path in entries(self.data_dir / "trash")]
@@ -218,6 +219,22 @@ class Server:
         roots = [line.split(" ")[4] for line in lines_with("/proc/self/mountinfo", " - cgroup")]
         return [str(path) for root in roots for path in entries(Path(root, f"heyvm-{self.mark}"))
                 if path.is_dir()]  # fmt: skip
+
+    def network_left_overs(self) -> list[str]:
+        """Interfaces, which the kernel takes a moment to reap, single sandboxes' rules, pastas."""
+        wait_until(lambda: not self.interfaces(), "interfaces are reaped", check=False)
+        found = [f"interface: {name}" for name in self.interfaces()]
+        title = f"heyvm-pasta:{self.mark}".encode()
+        found += [f"pasta: {pid}" for pid in all_pids() if title in command_line(pid)]
+        with contextlib.suppress(OSError):  # no root, no table
+            found += [f"rules: {name}" for name in self.table().own()]
+        return found
+
+    def interfaces(self) -> list[str]:
+        return [name for _, name in socket.if_nameindex() if name.startswith(f"h{self.mark}")]
+
+    def table(self) -> network.Table:
+        return network.Table(self.mark, "198.18.0.0/15", self.run_dir)
 
     def authorization(self) -> dict[str, str]:
         secret = self.environ.get("JWT_SECRET")
@@ -287,6 +304,7 @@ class Server:
                 os.rmdir(path)
         if os.geteuid() == 0:
             with contextlib.suppress(Exception):
+                self.table().remove()
                 ranges.release(self.mark)
                 cgroups.remove_tree(self.mark)
         trees.remove(str(self.home))

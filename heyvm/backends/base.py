@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,10 @@ class Backend(ABC):
 
         Called by the keeper only. What was being removed when somebody died is removed as well.
         """
+
+    def upkeep(self, running: Sequence[Sandbox]) -> None:  # noqa: B027 - there may be nothing to do
+        """The keeper's, every few seconds: put back what these sandboxes need of the machine and
+        somebody has taken away."""
 
     @abstractmethod
     def inventory(self) -> frozenset[str]:

@@ -586,7 +586,7 @@ def inner_rules(network: Network, dns: Sequence[str], host: Sequence[str]) -> st
         # Neighbours are asked for, or there is no IPv6.
         "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept",
         "fib daddr type != unicast drop",
-        *refuse((*NEVER, ULA, *(as_network(one) for one in host)), "drop"),
+        *refuse((*NEVER, ULA, *(as_network(one) for one in host))),
         *Policy.of(network).rules(),
     ]
     lines = [
@@ -705,6 +705,7 @@ class Networks:
         self.table = Table(settings.mark, settings.subnet, settings.run_dir)
         self.pastas = Pastas(settings)
         self._addresses: list[str] | None = None
+        self._idle: set[str] = set()
 
     def problem(self) -> str | None:
         """Why no sandbox can connect to anything on this machine, and what mends it."""
@@ -713,8 +714,8 @@ class Networks:
         if not self.root:
             if tool("pasta") is None:
                 return "pasta is not installed; on Debian and Ubuntu: apt install passt"
-            if not os.path.exists("/dev/net/tun"):
-                return "/dev/net/tun is not there: modprobe tun"
+            if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+                return "/dev/net/tun is not there or not for you: modprobe tun; chmod 0666 on it"
             return None
         try:
             self.table.ensure()
@@ -825,6 +826,12 @@ class Networks:
     def _keep_table(self, connected: Sequence[Sandbox]) -> None:
         self.table.keep()
         own = set(self.table.own())
+        # Rules that no interface has had for two looks are of a sandbox that is stopped or gone:
+        # they are written anew at each start.
+        idle = own - {name for _, name in socket.if_nameindex()}
+        for name in idle & self._idle:
+            self.table.remove_own(name)
+        self._idle = idle
         for sandbox in connected:
             name = f"h{self.mark}c{self._slot(sandbox):04x}"
             if (sandbox.network.allow or sandbox.network.deny) and name not in own:
