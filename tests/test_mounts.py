@@ -1,10 +1,12 @@
 """Directories of the host inside a sandbox: whose they are, and what nobody may gain by them."""
 
+import io
 import os
 import shutil
 import socket
 import stat
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -196,18 +198,70 @@ def test_a_directory_with_a_listening_socket_is_refused(http, shared):
     assert "door.sock" in answer.json()["detail"]
 
 
-def test_one_is_added_to_and_removed_from_a_running_sandbox(http, sandbox, shared, run):
+def with_one(sandbox, shared):
+    """A sandbox with a writable mount: it was started so that more can come."""
+    return sandbox(mounts=[mount(shared(name="first"), "/first")])
+
+
+@ROOT
+def test_the_first_writable_one_waits_for_the_next_start(http, sandbox, shared, run):
+    """Until then set-id files may be made inside, and so that filter stays."""
     path = shared()
     ref = sandbox()["id"]
+    run(ref, "sh -c 'cp /bin/sh /root/s; chmod 4755 /root/s'")
+    added = http.post(f"/sandboxes/{ref}/mounts", json=mount(path))
+    assert added.status_code == 201 and added.json()["pending"] is True
+    assert run(ref, "ls /data/file")["exit_code"] != 0
+    seen = http.post(f"/sandboxes/{ref}/mounts", json=mount(path, "/seen", read_only=True))
+    assert seen.json()["pending"] is False
+    assert run(ref, "cat /seen/file")["stdout"] == "content"
+    http.post(f"/sandboxes/{ref}/restart")
+    assert run(ref, "cat /data/file")["stdout"] == "content"
+    for line in (
+        "cp -p /root/s /data/s",
+        "cp --preserve=all /root/s /data/s2",
+        "mv /root/s /data/s3",
+        "ln /root/s /data/s4",
+        "tar -C /root -c s | tar -C /data -xp",
+        "chmod u+s /data/file",
+    ):
+        run(ref, f"sh -c '{line}'")
+    assert [one for one in path.iterdir() if one.stat().st_mode & 0o6000] == []
+
+
+@ROOT
+def test_a_visit_with_a_writable_mount_makes_no_set_id_file(http, sandbox, shared):
+    path = shared()
+    ref = sandbox()["id"]
+    http.post(f"/sandboxes/{ref}/stop")
+    http.post(f"/sandboxes/{ref}/mounts", json=mount(path))
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        member = tarfile.TarInfo("planted")
+        member.mode, member.size = 0o6755, 2
+        tar.addfile(member, io.BytesIO(b"x\n"))
+    sent = http.post(
+        f"/sandboxes/{ref}/files?format=tar&path=/data/new&mount_path=/data",
+        headers={"Content-Type": "application/x-tar"},
+        data=packed.getvalue(),
+    )
+    assert (path / "new/planted").exists() or sent.status_code >= 400, sent.text
+    for one in path.rglob("*"):
+        assert not one.stat().st_mode & 0o6000, one
+
+
+def test_one_is_added_to_and_removed_from_a_running_sandbox(http, sandbox, shared, run):
+    path = shared()
+    ref = with_one(sandbox, shared)["id"]
     added = http.post(f"/sandboxes/{ref}/mounts", json=mount(path))
     assert added.status_code == 201, added.text
     assert added.json()["pending"] is False
-    assert http.get(f"/sandboxes/{ref}/mounts").json() == [added.json()]
+    assert http.get(f"/sandboxes/{ref}/mounts").json()[1:] == [added.json()]
     assert run(ref, "cat /data/file")["stdout"] == "content"
     assert http.post(f"/sandboxes/{ref}/mounts", json=mount(path)).status_code == 409
     assert http.delete(f"/sandboxes/{ref}/mounts/data").status_code == 204
     assert run(ref, "ls /data/file")["exit_code"] != 0
-    assert http.get(f"/sandboxes/{ref}/mounts").json() == []
+    assert len(http.get(f"/sandboxes/{ref}/mounts").json()) == 1
     assert http.delete(f"/sandboxes/{ref}/mounts/data").status_code == 404
     assert (path / "file").read_text() == "content"
 
@@ -238,14 +292,14 @@ def test_one_that_was_added_comes_back_with_a_restart(http, sandbox, shared, run
 
 def test_a_link_of_the_sandboxs_own_never_aims_a_mount(http, sandbox, shared, run):
     path = shared()
-    ref = sandbox()["id"]
+    ref = with_one(sandbox, shared)["id"]
     run(ref, "sh -c 'ln -s /etc /data; ln -s /oldroot/tmp /deep; mkdir /a; ln -s / /a/b'")
     for inside in ("/data", "/deep/x", "/a/b/c"):
         added = http.post(f"/sandboxes/{ref}/mounts", json=mount(path, inside))
         assert added.status_code == 422, (inside, added.text)
         assert "mount point" in added.json()["detail"]
     http.post(f"/sandboxes/{ref}/stop")
-    assert http.get(f"/sandboxes/{ref}/mounts").json() == []
+    assert len(http.get(f"/sandboxes/{ref}/mounts").json()) == 1
     assert http.post(f"/sandboxes/{ref}/start").json()["status"] == "running"
 
 

@@ -303,9 +303,10 @@ def _split(words: list[str]) -> list[tuple[str, str, str]]:
 
 
 def _passwd(host: Path) -> str:
+    # No password is right; with an x, su(1) and PAM would miss the shadow file that tells of it.
     shell = "/bin/bash" if (host / "usr/bin/bash").exists() else "/bin/sh"
     return "".join(
-        f"{name}:x:{uid}:{gid}:{name}:{home}:{login or shell}\n"
+        f"{name}:*:{uid}:{gid}:{name}:{home}:{login or shell}\n"
         for uid, name, gid, home, login in USERS
     )
 
