@@ -8,6 +8,7 @@ from heyvm import backends
 from heyvm.api.parts import Services
 from heyvm.api.wiring import Api, connect
 from heyvm.files import Files
+from heyvm.images import Images
 from heyvm.lifecycle import Lifecycle
 from heyvm.logs import Logs
 from heyvm.mounts import Mounts
@@ -27,7 +28,9 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
 def build(settings: Settings) -> Services:
     """The domain objects of one server."""
     table = backends.build(settings)
-    lifecycle = Lifecycle(Registry(settings.data_dir / "registry.db"), table, settings)
+    registry = Registry(settings.data_dir / "registry.db")
+    images = Images(registry, settings)
+    lifecycle = Lifecycle(registry, table, settings, images)
     return Services(
         settings=settings,
         lifecycle=lifecycle,
@@ -35,5 +38,6 @@ def build(settings: Settings) -> Services:
         files=Files(lifecycle),
         logs=Logs(lifecycle),
         mounts=Mounts(lifecycle),
+        images=images,
         backends=table,
     )

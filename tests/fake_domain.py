@@ -22,6 +22,7 @@ from flask.testing import FlaskClient
 from heyvm.api.parts import Services
 from heyvm.api.wiring import Api, connect
 from heyvm.errors import Conflict, HookFailed, NotFound, Unavailable
+from heyvm.images import Images
 from heyvm.models import (
     CreateSpec,
     Download,
@@ -35,6 +36,7 @@ from heyvm.models import (
     Sandbox,
     Status,
 )
+from heyvm.registry import Registry
 from heyvm.settings import Settings
 
 PIECE = 64 * 1024
@@ -337,6 +339,7 @@ def fake_app(root: Path, **settings: Any) -> Fake:
         files=cast(Any, files),
         logs=cast(Any, logs),
         mounts=cast(Any, mounts),
+        images=Images(Registry(told.data_dir / "registry.db"), told),
         backends=cast(Any, {"bubblewrap": backend}),
     )
     connect(app, parts)

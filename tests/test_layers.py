@@ -17,7 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"app", "heyvm.keeper"}),
     frozenset({"heyvm.api"}),
     frozenset({"heyvm.lifecycle", "heyvm.processes", "heyvm.files", "heyvm.mounts", "heyvm.logs"}),
-    frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest"}),
+    frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest", "heyvm.images"}),
     frozenset(
         {"heyvm.models", "heyvm.errors", "heyvm.settings", "heyvm.frames", "heyvm.directories"}
     ),
@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 BESIDE = {
     "heyvm.locks": 4,
     "heyvm.slugs": 4,
+    "heyvm.oci": 5,
     "heyvm.agent": 5,
     "heyvm.agent_files": 5,
     "heyvm": 5,

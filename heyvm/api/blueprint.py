@@ -38,6 +38,7 @@ def path_parameter(name: str, text: str, example: str) -> dict[str, Any]:
 PATH_PARAMETERS = {
     "<ref>": path_parameter("ref", "A sandbox's id or slug.", "api-demo"),
     ":path>": path_parameter("path", "A path in the mount; it may hold slashes.", "index.html"),
+    ":name>": path_parameter("name", "An image's name or digest.", "ubuntu:24.04"),
     ":sandbox_path>": path_parameter("sandbox_path", "A mount's path inside.", "/workspace"),
 }
 

@@ -11,6 +11,7 @@ from flask import current_app
 if TYPE_CHECKING:
     from heyvm.backends.base import Backend
     from heyvm.files import Files
+    from heyvm.images import Images
     from heyvm.lifecycle import Lifecycle
     from heyvm.logs import Logs
     from heyvm.mounts import Mounts
@@ -30,6 +31,7 @@ class Services:
     files: Files
     logs: Logs
     mounts: Mounts
+    images: Images
     backends: Mapping[str, Backend]
 
 
@@ -59,3 +61,7 @@ def logs() -> Logs:
 
 def mounts() -> Mounts:
     return services().mounts
+
+
+def images() -> Images:
+    return services().images

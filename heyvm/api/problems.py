@@ -50,6 +50,7 @@ PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
     errors.RangeNotSatisfiable: Kind(416, "range", "The range lies outside the file"),
     errors.Invalid: Kind(422, "invalid", "A value is wrong"),
     errors.HookFailed: Kind(422, "hook-failed", "A setup hook failed"),
+    errors.ImageMissing: Kind(422, "image-missing", "There is no such image to be had"),
     errors.QuotaExceeded: Kind(429, "quota-exceeded", "A limit is reached"),
     errors.HeyvmError: INTERNAL,
     errors.Misconfigured: Kind(500, "misconfigured", "The server is set up wrongly"),

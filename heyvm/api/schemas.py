@@ -937,3 +937,76 @@ class ProblemInfo(Schema):
         values=fields.List(fields.String()),
         metadata=about("Complaints by field.", {"open_ports.0": ["Must be at most 65535."]}),
     )
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+class PullRequest(Request):
+    """Which image."""
+
+    image = Text(
+        required=True,
+        validate=at_most(limits.MAX_NAME),
+        metadata=about("Its name, with a tag or a digest.", "debian:12"),
+    )
+
+
+class TakeHeaders(Query):
+    """What an import may say beside its body."""
+
+    sha256 = Text(
+        data_key="x-heyo-sha256",
+        validate=Form("[0-9a-f]{64}", "Must be 64 hexadecimal digits, in small letters."),
+        metadata=about("What the body must have.", "0" * 64),
+    )
+
+
+class ImageConfigInfo(Schema):
+    """What an image says of how it is run."""
+
+    env = fields.Dict(
+        keys=fields.String(),
+        values=fields.String(),
+        required=True,
+        metadata=about("Variables.", {"LANG": "C.UTF-8"}),
+    )
+    working_directory = always(fields.String, "Where commands run.", "/srv", allow_none=True)
+    user = always(fields.String, "Who runs them; empty: root.", "app")
+    command = Many(
+        fields.String(), required=True, metadata=about("What it runs by itself.", ["bash"])
+    )
+
+
+class ImageInfo(Schema):
+    """A root file system that is here."""
+
+    name = always(fields.String, "Its first name, else its digest.", "debian:12")
+    names = Many(fields.String(), required=True, metadata=about("All its names.", ["debian:12"]))
+    digest = always(fields.String, "The sha256 of its config.", f"sha256:{'0' * 64}")
+    path = Shown(
+        required=True, metadata={"type": "string", **about("Where it lies.", "/var/lib/heyvm/...")}
+    )
+    size_bytes = always(fields.Integer, "What it takes on disk.", 186040320)
+    created_at = Moment(
+        required=True,
+        metadata={
+            **about("Since when it is here.", "2026-01-31T12:00:00.000000Z"),
+            "type": "string",
+            "format": "date-time",
+        },
+    )
+    modified_at = Moment(
+        required=True,
+        metadata={
+            **about("As `created_at`.", "2026-01-31T12:00:00.000000Z"),
+            "type": "string",
+            "format": "date-time",
+        },
+    )
+    source = always(fields.String, "Where it came from.", "docker://docker.io/library/debian@...")
+    devices = always(fields.Integer, "Device nodes that were left out.", 0)
+    config = fields.Nested(
+        ImageConfigInfo, required=True, metadata=about("What it says of how it is run.")
+    )
+    used_by = Many(fields.String(), required=True, metadata=about("Slugs of sandboxes.", ["demo"]))

@@ -13,14 +13,25 @@ import urllib3
 from flask import Flask, Response, g, request
 from flask.json.provider import JSONProvider
 
-from heyvm.api import auth, files, forward, logs, mounts, openapi, problems, sandboxes, system
+from heyvm.api import (
+    auth,
+    files,
+    forward,
+    images,
+    logs,
+    mounts,
+    openapi,
+    problems,
+    sandboxes,
+    system,
+)
 from heyvm.api.parts import EXTENSION, Services
 from heyvm.api.paths import ByteRequest, Rest
 
 log = logging.getLogger("heyvm.api")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-BLUEPRINTS = (system.blp, sandboxes.blp, files.blp, mounts.blp, logs.blp)
+BLUEPRINTS = (system.blp, sandboxes.blp, files.blp, mounts.blp, logs.blp, images.blp)
 
 
 class Api(Flask):
