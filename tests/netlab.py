@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.server import Server
+
 CLONE_NEWNET = 0x40000000
 PUBLIC, PUBLIC6 = "203.0.113.7", "2001:db8:7::7"
 RESOLVER, PRIVATE_RESOLVER, RESOLVER6 = "203.0.113.53", "10.9.9.53", "2001:db8:7::53"
@@ -100,6 +102,7 @@ class Lab:
     def __init__(self, *, resolver: str = PRIVATE_RESOLVER, v6: bool = True) -> None:
         self.name = f"hvl{secrets.token_hex(3)}"
         self.v6 = v6
+        self.tun = f"/run/{self.name}-tun"
         self.processes: list[subprocess.Popen[bytes]] = []
         self._etc: list[Path] = []
         try:
@@ -200,12 +203,11 @@ class Lab:
     def on_host(self) -> list[str]:
         """What a command is begun with that is started in `host()`, so that it sees the lab's
         resolv.conf, a /dev/net/tun as distributions have it, and otherwise the machine as it is."""
-        own = f"/etc/netns/{self.host_name}"
-        if not os.path.exists(f"{own}/tun"):
-            subprocess.run(("mknod", "-m", "666", f"{own}/tun", "c", "10", "200"), check=True)
-        binds = f"mount --bind {own}/resolv.conf /etc/resolv.conf && "
+        if not os.path.exists(self.tun):
+            subprocess.run(("mknod", "-m", "666", self.tun, "c", "10", "200"), check=True)
+        binds = f"mount --bind /etc/netns/{self.host_name}/resolv.conf /etc/resolv.conf && "
         if os.path.exists("/dev/net/tun"):
-            binds += f"mount --bind {own}/tun /dev/net/tun && "
+            binds += f"mount --bind {self.tun} /dev/net/tun && "
         return ["unshare", "--mount", "sh", "-c", f'{binds}exec "$@"', "sh"]
 
     def close(self) -> None:
@@ -217,6 +219,7 @@ class Lab:
         for name in (self.host_name, self.net_name):
             if os.path.exists(f"/run/netns/{name}"):
                 ip("netns", "delete", name)
+        Path(self.tun).unlink(missing_ok=True)
         for directory in self._etc:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -234,3 +237,73 @@ def standing_in(path: str) -> Iterator[None]:
         assert libc.setns(own, CLONE_NEWNET) == 0
         os.close(own)
         os.close(there)
+
+
+class LabServer(Server):
+    """A server on the lab's host, of root or of an ordinary user. Start it, and talk to it, while
+    standing there."""
+
+    def __init__(self, lab: Lab, uid: int = 0, **environ: str) -> None:
+        self.lab, self.uid = lab, uid
+        super().__init__(**environ)
+
+    def start(self) -> None:
+        os.chown(self.home, self.uid, self.uid)
+        super().start()
+
+    def _command(self) -> list[str]:
+        own = ["env", f"HOME={self.home}", "XDG_RUNTIME_DIR="]
+        if self.uid:
+            own += ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"]
+        return [*self.lab.on_host(), *own, *super()._command()]
+
+
+# Run inside a sandbox: `{"name": [kind, address, port, {option: value}]}` in, who answered out.
+PROBE = r"""
+import json, os, socket, struct, sys, threading
+def reach(kind, address, port, options):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM)
+    sock.settimeout(options.get("timeout", 2.5))
+    if "device" in options:
+        sock.setsockopt(socket.SOL_SOCKET, 25, options["device"].encode() + b"\0")
+    if "unicast_if" in options:
+        index = struct.pack("!I", socket.if_nametoindex(options["unicast_if"]))
+        sock.setsockopt(*((41, 76) if family == socket.AF_INET6 else (0, 50)), index)
+    if "dont_route" in options:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
+    if "source_route" in options:
+        hops = b"".join(map(socket.inet_aton, options["source_route"]))
+        sock.setsockopt(0, 4, bytes([131, 3 + len(hops), 4]) + hops + b"\0")
+    if "from" in options:
+        sock.setsockopt(*((41, 78) if family == socket.AF_INET6 else (0, 15)), 1)
+        sock.bind((options["from"], 0))
+    if kind == "tcp":
+        sock.connect((address, port))
+    elif "pktinfo" in options:
+        index = socket.if_nametoindex(options["pktinfo"])
+        if family == socket.AF_INET6: cmsg = (41, 50, bytes(16) + struct.pack("I", index))
+        else: cmsg = (0, 8, struct.pack("I8x", index))
+        sock.sendmsg([b"?"], [cmsg], 0, (address, port))
+    else:
+        query = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\1x\4test\0\0\1\0\1" if port in (53, 853) else b"?"
+        sock.sendto(query, (address, port))
+    if kind == "tcp" and port == 53:
+        query = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\1x\4test\0\0\1\0\1"
+        sock.sendall(len(query).to_bytes(2, "big") + query)
+    elif kind == "tcp" and port == 80:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    data = b""
+    while part := sock.recv(65536):
+        data += part
+        if kind == "udp" or port == 53: break
+    return "reached " + (data.decode("latin-1").split("\r\n\r\n")[-1])
+found = {}
+def run(name, words):
+    try: found[name] = reach(*words[:3], (words[3:] or [{}])[0])
+    except OSError as error: found[name] = type(error).__name__ + " " + str(error)
+threads = [threading.Thread(target=run, args=one) for one in json.load(sys.stdin).items()]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(found))
+"""
