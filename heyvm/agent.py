@@ -1158,6 +1158,12 @@ def ping(agent: Agent, connection: Connection, request: Fields) -> None:
     connection.finish({"ok": 1})
 
 
+def note(agent: Agent, connection: Connection, request: Fields) -> None:
+    """A line of the host's in the log."""
+    agent.log.note(octets(request, "message", b"").replace(b"\n", b" ")[:LINE_BYTES])
+    connection.finish({"ok": 1})
+
+
 def file_operation(agent: Agent, connection: Connection, request: Fields) -> None:
     """Files are the business of a forked child, which may block."""
     from heyvm import agent_files
@@ -1193,6 +1199,7 @@ OPERATIONS: dict[bytes, Callable[[Agent, Connection, Fields], None]] = {
     b"start": start,
     b"stop": stop,
     b"ping": ping,
+    b"note": note,
 }
 
 

@@ -306,6 +306,13 @@ def ping(sock: socket.socket, timeout: float = 5.0) -> None:
     talk.answer(Subject("ping"), timeout)
 
 
+def note(sock: socket.socket, message: str, timeout: float = 5.0) -> None:
+    """Write a line into the sandbox's log, as from stderr; its level is the word in it."""
+    talk = Conversation(sock)
+    talk.ask({"op": "note", "message": message})
+    talk.answer(Subject("note"), timeout)
+
+
 # -- execute ---------------------------------------------------------------------------------------
 
 

@@ -29,11 +29,13 @@ from heyvm.images import Images
 from heyvm.lifecycle import Lifecycle
 from heyvm.registry import Entry, Registry
 from heyvm.settings import Settings, from_env
+from heyvm.usage import SAMPLE_S, Sampler, tell_of_kills, uncounted_kills
 
 TICK_S = 0.25
 POLL_S = 0.5  # one look costs 25 µs for each sandbox that runs
 WATCH_S = 0.5
 FAILED_REST_S = 10.0
+OOM_S = 1.0
 SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
 UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
@@ -59,10 +61,13 @@ class Keeper:
         self._works = _Works(say)
         self._changes: int | None = None
         self._running: Sequence[Entry] = ()
+        self._sampler = Sampler(lifecycle.settings.run_dir, lifecycle.backend_of)
         self._rounds = (
             _Round(0.0, self._expire),
             _Round(0.0, self._attend_unsettled),
             _Round(POLL_S, self._attend_dead),
+            _Round(OOM_S, self._look_for_oom),
+            _Round(SAMPLE_S, self._sample),
             _Round(SWEEP_S, self._sweep),
             _Round(UPKEEP_S, self._upkeep),
             _Round(CHORES_S, self._tidy_registry),
@@ -109,7 +114,30 @@ class Keeper:
 
     def _attend_if_dead(self, entry: Entry) -> None:
         if self._lifecycle.ending_of(entry) is not None:
-            self._attend(entry.sandbox.id)
+            self._works.begin(entry.sandbox.id, partial(self._attend_ended, entry.sandbox.id))
+
+    def _attend_ended(self, sandbox_id: str) -> None:
+        # Now: its group, which counts them, goes with it.
+        with suppress(HeyvmError):
+            self._count_oom(sandbox_id)
+        self._lifecycle.attend(sandbox_id)
+
+    def _look_for_oom(self) -> None:
+        for entry in self._running:
+            sandbox = entry.sandbox
+            if uncounted_kills(sandbox, self._lifecycle.backend_of(sandbox)) > 0:
+                self._works.begin(f"oom {sandbox.id}", partial(self._count_oom, sandbox.id))
+
+    def _count_oom(self, sandbox_id: str) -> None:
+        sandbox = self._registry.entry(sandbox_id).sandbox  # another keeper may have counted them
+        backend = self._lifecycle.backend_of(sandbox)
+        kills = uncounted_kills(sandbox, backend)
+        if kills > 0:
+            self._registry.count_oom(sandbox_id, kills)
+            tell_of_kills(sandbox, backend, kills)
+
+    def _sample(self) -> None:
+        self._sampler.sample([entry.sandbox for entry in self._running])
 
     def _attend(self, sandbox_id: str) -> None:
         self._works.begin(sandbox_id, lambda: self._lifecycle.attend(sandbox_id))

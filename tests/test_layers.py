@@ -13,10 +13,19 @@ from tests.server import REPOSITORY
 
 # From the top to the bottom; a module may import from its own layer and from those below.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.serving"}),
+    frozenset({"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.serving"}),
     frozenset({"app", "heyvm.keeper"}),
     frozenset({"heyvm.api"}),
-    frozenset({"heyvm.lifecycle", "heyvm.processes", "heyvm.files", "heyvm.mounts", "heyvm.logs"}),
+    frozenset(
+        {
+            "heyvm.lifecycle",
+            "heyvm.processes",
+            "heyvm.files",
+            "heyvm.mounts",
+            "heyvm.logs",
+            "heyvm.usage",
+        }
+    ),
     frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest", "heyvm.images"}),
     frozenset(
         {"heyvm.models", "heyvm.errors", "heyvm.settings", "heyvm.frames", "heyvm.directories"}

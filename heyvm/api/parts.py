@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from heyvm.mounts import Mounts
     from heyvm.processes import Processes
     from heyvm.settings import Settings
+    from heyvm.usage import Usages
 
 EXTENSION = "heyvm"
+USAGES = "heyvm.usages"
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,7 @@ def mounts() -> Mounts:
 
 def images() -> Images:
     return services().images
+
+
+def usages() -> Usages:
+    return cast("Usages", current_app.extensions[USAGES])

@@ -24,14 +24,16 @@ from heyvm.api import (
     problems,
     sandboxes,
     system,
+    usage,
 )
-from heyvm.api.parts import EXTENSION, Services
+from heyvm.api.parts import EXTENSION, USAGES, Services
 from heyvm.api.paths import ByteRequest, Rest
+from heyvm.usage import Usages
 
 log = logging.getLogger("heyvm.api")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-BLUEPRINTS = (system.blp, sandboxes.blp, files.blp, mounts.blp, logs.blp, images.blp)
+BLUEPRINTS = (system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, logs.blp, images.blp)
 
 
 class Api(Flask):
@@ -58,6 +60,7 @@ class Json(JSONProvider):
 def connect(app: Flask, services: Services) -> None:
     """Make `app` serve `services`."""
     app.extensions[EXTENSION] = services
+    app.extensions[USAGES] = Usages(services.settings.run_dir)
     app.json = Json(app)
     app.url_map.converters["rest"] = Rest
     # A redirect would lose a DELETE's meaning, and a mount path begins with a slash.
