@@ -1,4 +1,4 @@
-"""The `heyvm` command: starts the server, checks the machine, makes tokens. Knows no sandbox."""
+"""The `heyvm` command: starts the server, checks the machine, keeps images, makes tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from heyvm import __version__
+from heyvm import __version__, imagecli
 from heyvm.errors import HeyvmError, Misconfigured
 from heyvm.serving import DEFAULT_HOST, DEFAULT_PORT, DEFAULT_WORKERS, EXIT_MISCONFIGURED
 
@@ -20,7 +20,7 @@ settings come from the environment: JWT_SECRET, HEYVM_DATA_DIR and more (README.
 
 exit codes:
   0  done; for --api: it was asked to end (Ctrl-C, SIGTERM)
-  1  it could not: the port is taken, no sandbox can run (doctor)
+  1  it could not: the port is taken, no sandbox can run (doctor), no such image
   2  called wrongly, or a setting has a value with which nothing may start
 """
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -80,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_doctor(commands)
+    imagecli.add_to(commands)
     _add_token(commands)
     return parser
 
