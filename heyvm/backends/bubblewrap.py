@@ -242,6 +242,7 @@ class Bubblewrap(Backend):
             "title": self._title(sandbox.id),
             "cgroups": self.groups.specification(sandbox.id, sandbox.limits),
             "rlimits": self.groups.rlimits(sandbox.limits),
+            "memory": sandbox.limits.memory,
             "bwrap": self._bwrap(),
             "dir": str(self.sandboxes / sandbox.id),
             "id_base": sandbox.id_base,

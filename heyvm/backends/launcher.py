@@ -632,8 +632,7 @@ def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -
         *("--bind", f"{STAGE}/root", "/"),
         *(("--bind", f"{STAGE}/usr", "/usr") if "usr" in spec["lowers"] else ()),
         *("--proc", "/proc", "--dev", "/dev"),
-        *("--perms", "1777", "--tmpfs", "/dev/shm", "--perms", "1777", "--tmpfs", "/tmp"),
-        *("--perms", "0755", "--tmpfs", "/run"),
+        *memory_mounts(spec["memory"]),
         *("--hostname", spec["hostname"], "--chdir", "/", "--clearenv", "--as-pid-1"),
         *("--seccomp", str(seccomp), "--json-status-fd", str(status), "--cap-drop", "ALL"),
     ]
@@ -649,6 +648,17 @@ def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -
         arguments += ["--cap-add", name]
     agent = [str(agent_fd) if word == "LISTEN_FD" else word for word in spec["agent"]]
     return [*arguments, "--", *agent]
+
+
+def memory_mounts(memory: int | None) -> list[str]:
+    """What lies in memory. With a limit, all of it together leaves room for processes: it is not
+    given back when they are killed, and the agent would be the last that there is to kill."""
+    arguments = []
+    for path, mode, share in (("/dev/shm", "1777", 4), ("/tmp", "1777", 2), ("/run", "0755", 16)):
+        if memory is not None:
+            arguments += ["--size", str(memory // share)]
+        arguments += ["--perms", mode, "--tmpfs", path]
+    return arguments
 
 
 def memory_file(content: bytes) -> int:
