@@ -51,10 +51,13 @@ clean:
 
 packages:
 	@deploy/need python3:python3 bwrap:bubblewrap '/usr/lib/*/libseccomp.so.2':libseccomp2
+	@deploy/need --or-go-on skopeo:skopeo umoci:umoci zstd:zstd xz:xz-utils nft:nftables ip:iproute2 \
+		pasta:passt newuidmap:uidmap
 
 test-packages:
 	@deploy/need --or-go-on curl:curl gcc:gcc '/usr/include/*/sys/types.h':libc6-dev \
-		node:nodejs npm:npm $$([ "$$(uname -m)" != x86_64 ] || echo /usr/include/x86_64-linux-gnu/gnu/stubs-x32.h:gcc-multilib)
+		node:nodejs npm:npm docker-registry:docker-registry htpasswd:apache2-utils \
+		mmdebstrap:mmdebstrap /var/lib/dpkg/info/busybox-static.list:busybox-static $$([ "$$(uname -m)" != x86_64 ] || echo /usr/include/x86_64-linux-gnu/gnu/stubs-x32.h:gcc-multilib)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
