@@ -24,8 +24,10 @@ from heyvm.backends import cgroups, network, ranges, trees
 from heyvm.settings import mark_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 30.0
+# How many times longer than usual to wait for anything, on an emulated processor (tests/vm).
+PATIENCE = float(os.environ.get("HEYVM_TEST_PATIENCE", "1"))
+START_TIMEOUT_S = 60.0 * PATIENCE
+STOP_TIMEOUT_S = 30.0 * PATIENCE
 # What the machine running the tests may have set, and no test server should see.
 OWN_SETTINGS = ("HEYVM_", "JWT_", "S3_", "MSB_", "API_HOSTNAME", "AUTH_SERVER_URL", "GUNICORN_")
 
@@ -42,7 +44,7 @@ class Session(requests.Session):
         self.trust_env = False
 
     def request(self, method: str, url: str, *args: Any, **options: Any) -> requests.Response:  # type: ignore[override]
-        options.setdefault("timeout", 120)
+        options.setdefault("timeout", 120 * PATIENCE)
         address = self.base + url if url.startswith("/") else url
         return super().request(method, address, *args, **options)
 
@@ -202,6 +204,7 @@ class Server:
         wait_until(
             lambda: not self.sandbox_pids(), "the sandboxes' processes are gone", check=False
         )
+        wait_until(lambda: not self.cgroups(), "the cgroups are gone", timeout=5, check=False)
         found = [f"process {pid}: {command_line(pid)!r}" for pid in self.sandbox_pids()]
         found += [f"process {pid}: {command_line(pid)!r}" for pid in self.server_pids()]
         found += [f"mount: {line}" for line in lines_with("/proc/self/mountinfo", str(self.home))]
@@ -288,7 +291,7 @@ class Server:
                     raise PortTaken
                 raise AssertionError(f"the server ended ({self.process.returncode}):\n{self.log}")
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=5).ok:
+                if requests.get(f"{self.url}/health", timeout=5 * PATIENCE).ok:
                     return
             time.sleep(0.05)
         raise AssertionError(f"the server does not answer:\n{self.log}")
@@ -325,13 +328,13 @@ def wait_until(
     condition: Callable[[], object], what: str, *, timeout: float = 15.0, check: bool = True
 ) -> None:
     """Wait for a condition; with `check`, fail when it does not come true in time."""
-    end = time.monotonic() + timeout
+    end = time.monotonic() + timeout * PATIENCE
     while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.02)
     if check:
-        raise AssertionError(f"not within {timeout:g} s: {what}")
+        raise AssertionError(f"not within {timeout * PATIENCE:g} s: {what}")
 
 
 def all_pids() -> Iterator[int]:

@@ -532,6 +532,7 @@ class Bubblewrap(Backend):
             self._empty_group(name)
             self._erase(name)
         self.networks.sweep()
+        self.groups.sweep()
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.trash):
                 self._remove_tree(self.trash / name)

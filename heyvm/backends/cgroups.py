@@ -355,6 +355,14 @@ class Groups:
             time.sleep(PAUSE_S)
         return True
 
+    def sweep(self) -> None:
+        """Remove what a launcher's spare (`spare-<pid>`) left that was killed."""
+        for name in self.names():
+            pid = name.removeprefix("spare-")
+            if pid != name and not os.path.exists(f"/proc/{pid}"):
+                for place in self.places:
+                    _removed(self._at(place, name))
+
     def _at(self, place: Hierarchy, name: str) -> str:
         return place.under(self.parent, name)
 

@@ -236,9 +236,7 @@ def wait_as_spare(sock: socket.socket, parents: list[str]) -> None:
     # A move holds up every other change of a cgroup: not while the box before is being made.
     select.select([sock], [], [], CALM_S)
     with contextlib.suppress(OSError):  # what is amiss is told to whoever asks for a box
-        for _ in range(2):  # the keeper removes what is empty
-            with contextlib.suppress(FileNotFoundError):
-                join_groups(ours)
+        join_groups(ours)
     request = receive(sock)
     if request is None:
         leave_groups(ours)
