@@ -152,6 +152,10 @@ def blob(layout: Path, digest: str) -> Path:
     return layout / "blobs" / digest.replace(":", "/")
 
 
+def digest_of(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def derived(
     layout: Path, directory: Path, *layers: bytes, config: Mapping[str, Any] | None = None
 ) -> Path:
@@ -330,13 +334,13 @@ class ImageRegistry:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def push(self, layout: Path, name: str) -> str:
-        """Bring an image in, every byte as it is; the name under which it can be pulled."""
+        """Bring an image in, every byte as it is; its name, with the tag, by which to pull it."""
         repository, _, tag = name.partition(":")
         manifest = manifest_of(layout)
         for one in (manifest["config"], *manifest["layers"]):
             self.push_blob(repository, blob(layout, one["digest"]))
         self.push_manifest(repository, tag or "latest", json.dumps(manifest).encode())
-        return f"{self.host}/{name}"
+        return f"{self.host}/{repository}:{tag or 'latest'}"
 
     def push_blob(self, repository: str, content: Path) -> None:
         with self._session() as http:
