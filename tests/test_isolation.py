@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -409,6 +411,121 @@ def test_a_zombie_storm_is_reaped(box):
         ),
         "the orphans are reaped",
     )
+
+
+# --- what went wrong elsewhere -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 3, 7, 8, 100])
+def test_no_descriptor_is_a_directory_to_begin_in(box, http, number):
+    """CVE-2024-21626: a directory of the host that was left open, as working directory."""
+    for cwd in (
+        f"/proc/self/fd/{number}",
+        f"/proc/1/fd/{number}",
+        f"/proc/self/task/1/fd/{number}",
+    ):
+        answer = http.post(
+            f"/sandboxes/{box.id}/execute", json={"command": "pwd", "args": [], "cwd": cwd}
+        )
+        assert answer.status_code == 422 or answer.json()["exit_code"] != 0, answer.text
+
+
+def test_the_programs_that_start_it_cannot_be_overwritten(box, server):
+    """CVE-2019-5736: the runtime's own program, reached through /proc/self/exe."""
+    paths = [shutil.which("bwrap"), sys.executable, *map(str, server.data_dir.glob("bundle/*/*"))]
+    before = {path: os.stat(path) for path in paths if os.path.isfile(path)}
+    box.python(
+        """
+for path in ("/proc/self/exe", "/proc/1/exe", "/usr/bin/bwrap", "/.heyvm/python3",
+             "/proc/1/root/usr/bin/bwrap", "/proc/1/cwd/usr/bin/bwrap"):
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
+        try: os.write(os.open(path, flags), b"#!/bin/sh")
+        except OSError: pass
+"""
+    )
+    # A script whose interpreter is whatever runs it, while we wait with a descriptor of that.
+    box.run(
+        "printf '#!/proc/self/exe' > x; chmod +x x; (for i in $(seq 50); do for p in /proc/[0-9]*;"
+        " do echo x > $p/exe; done; done) 2>/dev/null & ./x; wait",
+        timeout_seconds=20,
+    )
+    for path, old in before.items():
+        now = os.stat(path)
+        assert (now.st_size, now.st_mtime_ns, now.st_ino) == (
+            old.st_size,
+            old.st_mtime_ns,
+            old.st_ino,
+        )
+    assert still_answers(box)
+
+
+def test_nothing_that_is_asked_for_is_an_option(http, sandbox, server):
+    """CVE-2024-32462: a name with which a command line goes on."""
+    path = server.home / "--dev-bind"
+    path.mkdir(exist_ok=True)
+    os.chown(path, ORDINARY, ORDINARY)
+    ref = sandbox(
+        name="--bind / /host",
+        working_directory="/--bind",
+        env_vars={"--setenv": "x", "-c": "y"},
+        mounts=[{"host_path": str(path), "sandbox_path": "/--ro-bind"}],
+    )["id"]
+    for request in (
+        {"command": "--bind", "args": ["/", "/host"]},
+        {"command": "true", "args": ["--bind", "/", "/host"]},
+        {"command": "ls", "args": ["-d", "/host"]},
+        {"command": "pwd", "user": "--bind"},
+    ):
+        answer = http.post(f"/sandboxes/{ref}/execute", json=request)
+        assert answer.status_code in (200, 422), answer.text
+    seen = http.post(f"/sandboxes/{ref}/execute", json={"command": "pwd; ls -d /host /--ro-bind"})
+    assert seen.json()["stdout"] == "/--bind\n/--ro-bind\n"
+    refused = http.post("/sandboxes", json={"slug": "--bind"})
+    assert refused.status_code == 422
+
+
+def test_a_mount_lands_where_it_was_asked_for_or_nowhere(box, http, server):
+    """CVE-2024-45310 and its kind: the place is swapped for a link while it is being mounted on."""
+    path = server.home / "raced"
+    path.mkdir(exist_ok=True)
+    (path / "file").write_text("host's")
+    os.chown(path, ORDINARY, ORDINARY)
+    before = set(os.listdir("/etc")), set(os.listdir("/tmp"))
+    swap = (
+        "mkdir -p /a/b; while :; do rm -rf /a/b; ln -s /etc /a/b; rm -f /a/b; ln -s /oldroot/tmp"
+        " /a/b; rm -f /a/b; mkdir /a/b; done"
+    )
+    box.run(f"sh -c '{swap}' >/dev/null 2>&1 & echo $! > /root/pid")
+    try:
+        for _ in range(30):
+            wanted = {"host_path": str(path), "sandbox_path": "/a/b/deep", "read_only": True}
+            answer = http.post(f"/sandboxes/{box.id}/mounts", json=wanted)
+            assert answer.status_code in (201, 422), answer.text
+            if answer.status_code == 201:
+                seen = box.run("grep -c deep /proc/self/mountinfo; grep deep /proc/self/mountinfo")
+                assert {line.split()[4] for line in seen["stdout"].splitlines()[1:]} <= {
+                    "/a/b/deep"
+                }
+                http.delete(f"/sandboxes/{box.id}/mounts/a/b/deep")
+    finally:
+        box.run("kill $(cat /root/pid)")
+    assert before[0] == set(os.listdir("/etc"))
+    assert "deep" not in set(os.listdir("/tmp"))
+    assert not box.run("ls /etc/deep")["stdout"]
+
+
+def test_no_hard_link_leads_out_of_a_mount(box, http, server):
+    path = server.home / "linked"
+    path.mkdir(exist_ok=True)
+    (path / "file").write_text("host's")
+    for one in (path, path / "file"):
+        os.chown(one, ORDINARY, ORDINARY)
+    wanted = {"host_path": str(path), "sandbox_path": "/data"}
+    http.post(f"/sandboxes/{box.id}/mounts", json=wanted)
+    http.post(f"/sandboxes/{box.id}/restart")
+    assert box.run("cat /data/file")["stdout"] == "host's"
+    for line in ("ln /data/file /root/x", "ln /etc/hostname /data/x", "ln /.heyvm/log/log /data/x"):
+        assert "ross-device" in box.run(line)["stderr"], line
 
 
 # --- endings ------------------------------------------------------------------------------------
