@@ -44,7 +44,7 @@ from heyvm.api.fields import (
     at_most,
     between,
 )
-from heyvm.api.parts import lifecycle
+from heyvm.api.parts import lifecycle, usages
 from heyvm.errors import BadRequest
 from heyvm.lifecycle import SIZE_CLASSES
 from heyvm.models import INACTIVE, LIVE, CreateSpec, ExecRequest, Mount, Status
@@ -640,6 +640,20 @@ class UptimeSeconds(fields.Integer):
         return int(lifecycle().uptime(obj))
 
 
+class CpuUsage(fields.Float):
+    """Of the latest sample."""
+
+    def get_value(self, obj: Any, attr: str, **_: Any) -> float | None:  # type: ignore[override]
+        return usages().of(obj.id).cpu_percent
+
+
+class MemoryUsage(fields.Integer):
+    """Of the latest sample."""
+
+    def get_value(self, obj: Any, attr: str, **_: Any) -> int | None:  # type: ignore[override]
+        return usages().of(obj.id).memory_bytes
+
+
 STATUS_WORDS = tuple(status.value for status in Status)
 
 
@@ -699,6 +713,16 @@ class SandboxInfo(Schema):
     )
     uptime = Uptime(Duration, required=True, metadata=about("How long it has run."))
     uptime_secs = UptimeSeconds(required=True, metadata=about("The same in seconds.", 12))
+    cpu_usage = CpuUsage(
+        required=True,
+        allow_none=True,
+        metadata=about("Percent of one core, some seconds ago; null: not known.", 3.5),
+    )
+    memory_usage = MemoryUsage(
+        required=True,
+        allow_none=True,
+        metadata=about("Bytes, some seconds ago; null: not known.", 12_582_912),
+    )
     start_command = always(fields.String, "What runs in the background.", None, allow_none=True)
     working_directory = always(fields.String, "Where commands run.", "/workspace")
     open_ports = fields.List(

@@ -9,7 +9,7 @@ from marshmallow import Schema, fields
 
 from heyvm.api.blueprint import Blueprint
 from heyvm.api.parts import usages
-from heyvm.api.schemas import always
+from heyvm.api.schemas import about, always
 
 blp = Blueprint("usage", description="What the machine and its sandboxes use.")
 
@@ -89,15 +89,19 @@ class UsageSnapshot(Schema):
         attribute="sampledAtMs",
         data_key="sampledAtMs",
     )
-    host = fields.Nested(HostUsage, required=True)
-    sandboxes = fields.List(fields.Nested(SandboxUsage), required=True)
+    host = fields.Nested(HostUsage, required=True, metadata=about("The machine."))
+    sandboxes = fields.List(
+        fields.Nested(SandboxUsage), required=True, metadata=about("Those that run.")
+    )
 
 
 class SystemUsage(Schema):
     """`snapshot` is null until the first look, a moment after the server has started."""
 
     available = always(fields.Boolean, "Whether this server looks at all.", True)
-    snapshot = fields.Nested(UsageSnapshot, required=True, allow_none=True)
+    snapshot = fields.Nested(
+        UsageSnapshot, required=True, allow_none=True, metadata=about("The latest.")
+    )
 
 
 @blp.route("/system/usage")
