@@ -9,6 +9,7 @@ import pytest
 
 from heyvm import guest
 from heyvm.errors import BackendFailed, Invalid
+from heyvm.models import CreateSpec
 from tests import images
 from tests.boxes import Boxes
 
@@ -263,3 +264,15 @@ def test_an_image_of_a_file_system_without_id_maps_can_still_be_read(boxes, tree
         box.stop()
     finally:
         subprocess.run(["umount", "-l", rootfs], check=True)
+
+
+def test_a_file_system_without_id_maps_is_told_of_before(boxes):
+    assert not any("map ids" in one for one in boxes.backend.check_spec(CreateSpec()).warnings)
+    with Boxes() as others:
+        data = others.settings.data_dir
+        subprocess.run(["mount", "-t", "ramfs", "ramfs", data], check=True)
+        try:
+            warnings = others.backend.check_spec(CreateSpec()).warnings
+        finally:
+            subprocess.run(["umount", "-l", data], check=True)
+    assert any(str(data) in one and "map ids" in one for one in warnings)

@@ -43,7 +43,8 @@ DISK_GONE_S = 2.0
 GIB = 1 << 30
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 SPARE_UID = 65533  # the agent's real uid where it has a range: prlimit(1) then needs a capability
-# Docker's list (moby, oci/caps/defaults.go) without NET_RAW and MKNOD.
+# Docker's list (moby, oci/caps/defaults.go) without NET_RAW and MKNOD; what each is for:
+# docs/isolation.md. Given where there is more than one id.
 CAPABILITIES = tuple(
     f"CAP_{name}"
     for name in (
@@ -85,6 +86,7 @@ class Bubblewrap(Backend):
         )
         self._parts: Parts | None = None
         self._working_ids: tuple[ranges.SubIds | None, bool] | None = None
+        self._maps_ids: bool | None = None
         self._lock = threading.Lock()
 
     # --- what is needed -------------------------------------------------------------------------
@@ -106,6 +108,8 @@ class Bubblewrap(Backend):
         self.parts()
         self.launcher.warm()
         self.networks.warm()
+        self._offer_ids()
+        self._offer_owners()
 
     def parts(self) -> Parts:
         with self._lock:
@@ -154,7 +158,12 @@ class Bubblewrap(Backend):
         return Offer(
             network=network,
             ids=self._offer_ids(),
-            warnings=(*about_network, *self._offer_limits(spec), *self._offer_disk(spec)),
+            warnings=(
+                *about_network,
+                *self._offer_limits(spec),
+                *self._offer_disk(spec),
+                *self._offer_owners(),
+            ),
         )
 
     def _offer_network(self, spec: CreateSpec) -> tuple[Network, tuple[str, ...]]:
@@ -183,6 +192,20 @@ class Bubblewrap(Backend):
             with self.launcher.ask({"action": "try_sub_ids", "sub_ids": with_tools(found)}) as said:
                 self._working_ids = (found, said.is_done(START_TIMEOUT_S))
         return found if self._working_ids[1] else None
+
+    def _offer_owners(self) -> tuple[str, ...]:
+        """A warning where files cannot be given to the sandbox's own ids (an ordinary user's are
+        that user's, whom root inside stands for)."""
+        data = self.settings.data_dir
+        if self.root and self._maps_ids is None:
+            with self.launcher.ask({"action": "try_id_maps", "dir": str(data)}) as words:
+                self._maps_ids = words.is_done(START_TIMEOUT_S)
+        if self._maps_ids is not False:
+            return ()
+        return (
+            f"the file system of {data} cannot map ids: the files of an image belong to nobody"
+            " inside, and cannot be changed",
+        )
 
     def _offer_disk(self, spec: CreateSpec) -> tuple[str, ...]:
         if spec.disk_size_gb is None:

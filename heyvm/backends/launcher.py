@@ -798,6 +798,12 @@ def try_sub_ids(spec: Spec, say: int) -> None:
     enter(namespace_of_sub_ids(spec))
 
 
+def try_id_maps(spec: Spec, say: int) -> None:
+    """Whether the file system of a directory can be shown with other owners."""
+    namespace = UserNamespace(f"0 {IDS} 1", f"0 {IDS} 1").open()
+    set_attributes(clone(spec["dir"]), ATTR_IDMAP, namespace)
+
+
 def remove_tree(spec: Spec, say: int) -> None:
     """Remove what belongs to sub-ids, as those who may: it says the rest itself."""
     enter(namespace_of_sub_ids(spec))
@@ -811,6 +817,7 @@ ACTIONS = {
     "remove_mount": remove_mount,
     "log": open_log,
     "try_sub_ids": try_sub_ids,
+    "try_id_maps": try_id_maps,
     "remove": remove_tree,
     "renew_network": renew_network,
 }
@@ -819,6 +826,7 @@ ACTIONS = {
 def serve(spec: Spec, say: int, ours: list[str] = []) -> None:  # noqa: B006 - is only read
     """In the child: do what is asked, tell the outcome, never return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.setsid()
     code = 1
     try:
@@ -897,6 +905,7 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need no reaping
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a spare that was killed is an error to us
     groups = json.loads(sys.argv[2])
     join_cgroups(groups["leaves"])
     sock = socket.socket(fileno=control)
