@@ -25,6 +25,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -256,7 +257,19 @@ def leave_groups(paths: list[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             write_file(os.path.join(os.path.dirname(path), "cgroup.procs"), "0")
+            remove_group(path)
+
+
+def remove_group(path: str) -> None:
+    """A process that has just ended is in it a moment longer; whoever stays, keeps it."""
+    for _ in range(25):
+        try:
             os.rmdir(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.01)
 
 
 def take_groups(wanted: Spec, ours: list[str]) -> None:
@@ -446,7 +459,8 @@ def assemble_as_root(spec: Spec, namespace: int) -> list[int]:
     for name, tree in trees.items():
         attach(tree, f"{STAGE}/{name}")
     for name in spec["lowers"]:
-        overlay(name, f"{STAGE}/{name}-lower")
+        # The same whatever the kernel's own defaults are: an image's attributes lead nowhere.
+        overlay(name, f"{STAGE}/{name}-lower", ",redirect_dir=nofollow,metacopy=off")
     attach_agent(bundle, log)
     return mounts
 
@@ -618,7 +632,7 @@ def leave_cgroups(paths: list[str]) -> None:
         above = os.path.dirname(path)
         with contextlib.suppress(OSError):
             write_file(os.path.join(os.path.dirname(above), "cgroup.procs"), "0")
-            os.rmdir(path)
+            remove_group(path)
             os.rmdir(above)
 
 
