@@ -430,28 +430,41 @@ def follow(path: Path) -> Iterator[Mapping[str, Any]]:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return
-    try:
-        position, over = 0, False
+    with _Said(descriptor) as said:
+        over = False
         while not over:
             over = _is_free(descriptor)
-            position, lines = _read_lines(descriptor, position)
-            yield from lines or ({},)
+            yield from said.lines() or ({},)
             if not over:
                 time.sleep(TELL_S / 2)
-    finally:
-        os.close(descriptor)
 
 
-def _read_lines(directory: int, position: int) -> tuple[int, Sequence[Mapping[str, Any]]]:
-    try:
-        file = os.open("says", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        return position, ()
-    try:
-        whole, newline, _ = os.pread(file, 1 << 20, position).rpartition(b"\n")
-    finally:
-        os.close(file)
-    return position + len(whole) + len(newline), [json.loads(one) for one in whole.splitlines()]
+class _Said:
+    """What is written in `says` of a directory. Once seen, it stays open: its last line is read by
+    those who waited, though the directory is gone by then."""
+
+    def __init__(self, directory: int) -> None:
+        self._directory, self._file, self._position = directory, -1, 0
+
+    def __enter__(self) -> _Said:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._directory)
+        if self._file >= 0:
+            os.close(self._file)
+
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """Those that are new."""
+        if self._file < 0:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                self._file = os.open("says", flags, dir_fd=self._directory)
+            except FileNotFoundError:
+                return ()
+        whole, newline, _ = os.pread(self._file, 1 << 20, self._position).rpartition(b"\n")
+        self._position += len(whole) + len(newline)
+        return [json.loads(one) for one in whole.splitlines()]
 
 
 def failure(line: Mapping[str, Any]) -> HeyvmError:

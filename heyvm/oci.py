@@ -62,8 +62,8 @@ INDEX = "application/vnd.oci.image.index.v1+json"
 INDEXES = (INDEX, "application/vnd.docker.distribution.manifest.list.v2+json")
 MANIFESTS = (MANIFEST, "application/vnd.docker.distribution.manifest.v2+json")
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
-ZSTD = (LAYER + "+zstd", DOCKER_LAYER + ".zstd")
-LAYERS = (LAYER, LAYER + "+gzip", DOCKER_LAYER, DOCKER_LAYER + ".gzip", *ZSTD)
+_ZSTD = (LAYER + "+zstd", DOCKER_LAYER + ".zstd")
+LAYERS = (LAYER, LAYER + "+gzip", DOCKER_LAYER, DOCKER_LAYER + ".gzip", *_ZSTD)
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 ARCHITECTURES = {
     "x86_64": "amd64",
@@ -249,22 +249,19 @@ def checked(manifest: Json) -> Json:
 
 
 def copy(job: Json, digest: str, manifest: Json) -> None:
-    """Fetch what a checked manifest names into `layout`."""
+    """Fetch what a checked manifest names into `layout`. (To `oci:`, skopeo would write Docker's
+    configs anew: the digest that an image is known by would change.)"""
     layers = {one["digest"]: one["size"] for one in manifest["layers"]}
     told = ["copy", "--quiet", "--retry-times=0", "--remove-signatures"]
     told.append(f"--src-tls-verify={truth(not job['plain'])}")
-    packed_anew = any(one["mediaType"] in ZSTD for one in manifest["layers"])
-    # umoci reads gzip and plain tars.
-    told.append("--dest-compress-format=gzip" if packed_anew else UNCOMPRESSED)
     total = sum(layers.values())
     if total > room():
         raise full(job, total)
-    watch = Copying(job["name"], len(layers), total, 20 * total if packed_anew else total)
+    watch = Copying(job["name"], len(layers), total)
     source = f"docker://{job['repository']}@{digest}"
-    run(job, skopeo(*told, source, "oci:layout:image"), watch)
-
-
-UNCOMPRESSED = "--dest-oci-accept-uncompressed-layers"
+    os.makedirs("layout/blobs")
+    run(job, skopeo(*told, source, "dir:layout/blobs/sha256"), watch)
+    finish(manifest)
 
 
 @dataclass
@@ -274,13 +271,12 @@ class Copying:
     name: str
     layers: int
     total: int
-    most: int
 
     def __call__(self) -> None:
         sizes = {one.name: size_of(one) for one in Path("layout").rglob("*")}
         done = sum(1 for name in sizes if re.fullmatch("[0-9a-f]{64}", name))
         here = sum(sizes.values())
-        if here > self.most + 8 * MIB:
+        if here > self.total + 8 * MIB:
             raise invalid(f"the registry sends more than the {self.total} bytes that it announced")
         number = min(done + 1, self.layers)
         far = f"{min(here, self.total) // MIB} of {-(-self.total // MIB)} MiB"
@@ -311,7 +307,9 @@ def take(job: Json) -> dict[str, Any]:
         wrap(archive, digest)
     elif kind == "docker":
         source = "docker-archive:archive.tar"
-        run(job, skopeo("copy", "--quiet", UNCOMPRESSED, source, "oci:layout:image"), room_left)
+        os.makedirs("layout/blobs")
+        run(job, skopeo("copy", "--quiet", source, "dir:layout/blobs/sha256"), room_left)
+        finish(checked(parsed((blobs() / "manifest.json").read_bytes(), "manifest")))
     else:
         take_layout(archive)
     return {**unpacked(job), "source": {"rootfs": "tar", "docker": "docker save"}.get(kind, "OCI")}
@@ -344,11 +342,14 @@ def demand_sum(job: Json, file: IO[bytes]) -> None:
 
 def kind_of(archive: Path) -> str:
     """`rootfs`, `docker` or `oci`, told by what lies at the top."""
-    tops, names = set[bytes](), set[bytes]()
+    tops, names, empty = set[bytes](), set[bytes](), True
     with archive.open("rb") as file:
         for one in members(Stream(pieces_of(file))):
             tops |= {one.name.partition(b"/")[0]} & TOPS
             names |= {one.name} & MARKS
+            empty = False
+    if empty:
+        raise invalid("the archive holds nothing, or is none")
     if tops or not names:
         return "rootfs"
     return "docker" if b"manifest.json" in names else "oci"
@@ -391,7 +392,7 @@ def take_layout(archive: Path) -> None:
     manifest = parsed(document(digest_of(offered[0])), "manifest")
     if is_index(manifest):
         manifest = parsed(document(for_this_machine(manifest)), "manifest")
-    finish(recompressed(checked(manifest)))
+    finish(checked(manifest))
 
 
 def save(stream: Stream, member: Member) -> None:
@@ -405,24 +406,6 @@ def save(stream: Stream, member: Member) -> None:
             room_left()
     if found.hexdigest() != name:
         raise invalid(f"the archive is corrupt: blob {name} has the digest {found.hexdigest()}")
-
-
-def recompressed(manifest: Json) -> Json:
-    """The same with plain layers for those in zstd, which umoci does not read."""
-    return {**manifest, "layers": [_plain(one) for one in manifest["layers"]]}
-
-
-def _plain(layer: Json) -> Json:
-    if layer["mediaType"] not in ZSTD:
-        return layer
-    found, size, fresh = hashlib.sha256(), 0, blobs() / "fresh"
-    with blob(layer["digest"]).open("rb") as file, fresh.open("wb") as sink:
-        for piece in decompressed(file):
-            found.update(piece)
-            size += sink.write(piece)
-            room_left()
-    fresh.rename(blobs() / found.hexdigest())
-    return {"mediaType": LAYER, "digest": f"sha256:{found.hexdigest()}", "size": size}
 
 
 # -- a layout --------------------------------------------------------------------------------------
@@ -470,12 +453,43 @@ def read_layout() -> Json:
     return checked(parsed(document(digest_of(described[0])), "manifest"))
 
 
+def readable(manifest: Json) -> Json:
+    """The same with layers that umoci reads, and with what they are in truth: what `docker save`
+    calls compressed is not."""
+    digest = manifest["config"]["digest"]
+    config = {"mediaType": CONFIG, "digest": digest, "size": size_of(blob(digest))}
+    layers = [_readable(one) for one in manifest["layers"]]
+    return {"schemaVersion": 2, "config": config, "layers": layers}
+
+
+def _readable(layer: Json) -> Json:
+    path = blob(layer["digest"])
+    with path.open("rb") as file:
+        magic = file.read(4)
+        if magic == ZSTD_MAGIC:
+            return _plain(file)
+    packing = "+gzip" if magic.startswith(b"\x1f\x8b") else ""
+    return {"mediaType": LAYER + packing, "digest": layer["digest"], "size": size_of(path)}
+
+
+def _plain(file: IO[bytes]) -> Json:
+    found, size, fresh = hashlib.sha256(), 0, blobs() / "fresh"
+    with fresh.open("wb") as sink:
+        for piece in decompressed(file):
+            found.update(piece)
+            size += sink.write(piece)
+            room_left()
+    fresh.rename(blobs() / found.hexdigest())
+    return {"mediaType": LAYER, "digest": f"sha256:{found.hexdigest()}", "size": size}
+
+
 # -- unpack ----------------------------------------------------------------------------------------
 
 
 def unpacked(job: Json) -> dict[str, Any]:
     """Unpack `layout` into `image/rootfs`; what the store says of it."""
-    manifest = read_layout()
+    manifest = readable(read_layout())
+    finish(manifest)
     digest = manifest["config"]["digest"]
     whole = parsed(document(digest), "config")
     config = configuration(whole)
@@ -884,7 +898,8 @@ def filtered(file: IO[bytes], tool: str) -> Iterator[bytes]:
             process.kill()
 
 
-TOOLS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+TOOLS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", ZSTD_MAGIC: "zstd"}
 PACKAGES = {"xz": "xz-utils"}
 
 

@@ -343,7 +343,7 @@ def puller(here: Store, name: str, code: str = PULLER) -> subprocess.Popen[bytes
 
 def test_twenty_at_once_are_one_pull(here: Store, tmp_path: Path) -> None:
     with ImageRegistry() as registry:
-        layout = images.write_layout(tmp_path / "l", [layer(file("big", os.urandom(60 << 20)))])
+        layout = images.write_layout(tmp_path / "l", [layer(file("big", os.urandom(40 << 20)))])
         name = registry.push(layout, "once")
         blob = images.manifest_of(layout)["layers"][0]["digest"]
         found: list[str] = []
@@ -386,9 +386,9 @@ def test_who_waits_hears_of_the_failure_too(here: Store, tmp_path: Path) -> None
     assert time.monotonic() - began < 8  # not one after the other
 
 
-def test_one_that_gives_up_does_not_end_it_for_others(here: Store, tmp_path: Path) -> None:
+def test_one_that_gives_up_does_not_end_it_for_others(here: Store, slow_layout: Path) -> None:
     with ImageRegistry() as registry:
-        name = registry.push(slow_layout(tmp_path / "l"), "shared")
+        name = registry.push(slow_layout, "shared")
         given_up = threading.Event()
 
         def first() -> None:
@@ -411,9 +411,9 @@ def test_one_that_gives_up_does_not_end_it_for_others(here: Store, tmp_path: Pat
 
 @pytest.mark.parametrize("phase", ["layer 1", "looking", "files"])
 def test_what_tell_raises_ends_it_at_once(
-    here: Store, image_registry: ImageRegistry, tmp_path: Path, phase: str
+    here: Store, image_registry: ImageRegistry, slow_layout: Path, phase: str
 ) -> None:
-    name = image_registry.push(slow_layout(tmp_path / "l"), "ended")
+    name = image_registry.push(slow_layout, "ended")
 
     def tell(text: str) -> None:
         if phase in text:
@@ -428,9 +428,9 @@ def test_what_tell_raises_ends_it_at_once(
 
 @pytest.mark.parametrize("phase", ["layer 1", "looking", "files"])
 def test_a_killed_pull_leaves_nothing_after_a_sweep(
-    here: Store, image_registry: ImageRegistry, tmp_path: Path, phase: str
+    here: Store, image_registry: ImageRegistry, slow_layout: Path, phase: str
 ) -> None:
-    name = image_registry.push(slow_layout(tmp_path / "l"), "killed")
+    name = image_registry.push(slow_layout, "killed")
     code = PULLER.replace(
         "told = []", f"told = []; here = lambda t: print(t, flush=True) if {phase!r} in t else 0"
     ).replace("told.append", "here")
@@ -450,9 +450,9 @@ def test_a_killed_pull_leaves_nothing_after_a_sweep(
 
 @pytest.mark.parametrize("program", ["skopeo copy", "umoci", "oci.py"])
 def test_a_killed_helper_is_a_failure_that_leaves_nothing(
-    here: Store, image_registry: ImageRegistry, tmp_path: Path, program: str
+    here: Store, image_registry: ImageRegistry, slow_layout: Path, program: str
 ) -> None:
-    name = image_registry.push(slow_layout(tmp_path / "l"), "helpless")
+    name = image_registry.push(slow_layout, "helpless")
 
     def tell(_: str) -> None:
         needle = program.split()[0].encode()
@@ -596,11 +596,18 @@ def test_import_what_docker_save_and_oci_archives_hold(
     here: Store, image_registry: ImageRegistry, tmp_path: Path
 ) -> None:
     layout = images.write_layout(tmp_path / "l", [layer(file("x", b"1"))], {"Env": ["A=1"]})
-    pulled = here.have(image_registry.push(layout, "same"))
-    for kind in ("docker-archive", "oci-archive"):
+    name = image_registry.push(layout, "same")
+    docker = f"{image_registry.host}/same:docker"
+    skopeo_copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-tls-verify=false"]
+    subprocess.run(
+        [*skopeo_copy, "--format=v2s2", f"docker://{name}", f"docker://{docker}"], check=True
+    )
+    for kind, source in (("docker-archive", docker), ("oci-archive", name)):
+        pulled = here.have(source)
         made = tmp_path / f"{kind}.tar"
-        told = ["copy", "-q", f"oci:{layout}:latest", f"{kind}:{made}:some/name:1"]
-        subprocess.run(["skopeo", *told], check=True)
+        subprocess.run(
+            [*skopeo_copy, f"docker://{source}", f"{kind}:{made}:some/name:1"], check=True
+        )
         for path in (made, packed(made)):
             image = here.take(f"from/{kind}", path, None, here.tell)
             assert image.digest == pulled.digest
@@ -676,10 +683,12 @@ def one_file(where: Path, content: bytes) -> Path:
     return images.write_layout(where, [layer(file("what", content))])
 
 
-def slow_layout(where: Path) -> Path:
-    """Takes some seconds in each phase."""
-    files = [file(f"d/{number}", b"x" * 3000) for number in range(12_000)]
-    return images.write_layout(where, [layer(file("noise", os.urandom(100 << 20)), *files)])
+@pytest.fixture(scope="session")
+def slow_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Takes some tenths of a second in each phase."""
+    files = [file(f"d/{number}", b"x" * 3000) for number in range(3000)]
+    where = tmp_path_factory.mktemp("slow") / "l"
+    return images.write_layout(where, [layer(file("noise", os.urandom(60 << 20)), *files)])
 
 
 def push_index(registry: ImageRegistry, name: str, tag: str, entries: list[images.Json]) -> None:
