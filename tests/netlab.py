@@ -75,6 +75,7 @@ def udp(family, address, port):
     sock.bind((address, port))
     while True:
         data, ancillary, _, peer = sock.recvmsg(2048, 256)
+        if address.startswith("127.") and not peer[0].startswith("127."): continue  # as unbound
         reply = answer(data) if port == 53 else b"reached by " + peer[0].encode()
         # From the address that was asked, or the asker takes it for somebody else's.
         own = [(a, b, c) for a, b, c in ancillary if (a, b) in ((0, 8), (41, 50))]

@@ -396,15 +396,19 @@ class Pasta:
         os.close(self.go)
         os.set_blocking(self.failed, False)
         end = time.monotonic() + PASTA_TIMEOUT_S
+        said = b""
         while not has_address(self.spec["families"]):
             if time.monotonic() > end:
                 raise OSError(errno.ETIMEDOUT, "pasta did not bring up the network")
             try:
-                said = os.read(self.failed, 500)
+                part = os.read(self.failed, 500)
             except BlockingIOError:
                 time.sleep(0.002)
                 continue
-            raise OSError(errno.EIO, "pasta ended: " + said.decode(errors="replace").strip())
+            said += part  # it complains of much that is no fault
+            if not part:
+                raise OSError(errno.EIO, "pasta ended: " + said.decode(errors="replace").strip())
+        # Pasta inherits that SIGPIPE is ignored.
         os.close(self.failed)
 
 

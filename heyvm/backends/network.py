@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import ipaddress
 import json
 import os
@@ -602,6 +603,13 @@ def as_network(address: str) -> str:
     return f"{address}/{128 if ':' in address else 32}"
 
 
+@functools.cache
+def dns_host_option(pasta: str) -> str:
+    """How this pasta is told whom to ask: it takes no resolver on loopback by itself."""
+    done = subprocess.run([pasta, "--help"], capture_output=True, text=True, check=False)
+    return "--dns-host" if "--dns-host" in done.stdout + done.stderr else "--dns"
+
+
 class Pastas:
     """The pastas of an ordinary user's sandboxes, known by notes and by what they are called."""
 
@@ -650,6 +658,9 @@ class Pastas:
             words += ["--outbound-if6", up6, "--dns-forward", self.dns6]
         if not (up4 and up6):
             words.append("-4" if up4 else "-6")
+        asked = resolvers()
+        if up4 and all(within(one, ("127.0.0.0/8", "::1/128")) for one in asked):
+            words += [dns_host_option(tool("pasta") or "pasta"), asked[0]]
         return words
 
     def of(self, sandbox_id: str) -> pids.Process | None:
