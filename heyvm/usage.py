@@ -117,7 +117,7 @@ def uncounted_kills(sandbox: Sandbox, backend: Backend) -> int:
     """
     if sandbox.status not in (Status.RUNNING, Status.PAUSED) or "oom_kills" not in sandbox.state:
         return 0
-    kills = backend.usage(sandbox).oom_kills or 0
+    kills = backend.oom_kills(sandbox) or 0
     return max(0, kills - (sandbox.oom_kills - int(sandbox.state["oom_kills"])))
 
 

@@ -46,6 +46,9 @@ class Metered:
     def usage(self, sandbox: Sandbox) -> Reading:
         return self.reading
 
+    def oom_kills(self, sandbox: Sandbox) -> int | None:
+        return self.reading.oom_kills
+
 
 @pytest.fixture
 def backend():

@@ -116,6 +116,10 @@ class Backend(ABC):
         """What a running sandbox has used until now. Never raises: what is unknown is None."""
         return Reading()
 
+    def oom_kills(self, sandbox: Sandbox) -> int | None:
+        """That of its reading alone, which the keeper asks for more often."""
+        return self.usage(sandbox).oom_kills
+
     @abstractmethod
     def sweep(self, strays: frozenset[str]) -> None:
         """Remove every trace of these ids, which belong to no sandbox: left-overs of a crash.

@@ -516,6 +516,9 @@ class Bubblewrap(Backend):
     def usage(self, sandbox: Sandbox) -> Reading:
         return self.groups.usage(sandbox.id)
 
+    def oom_kills(self, sandbox: Sandbox) -> int | None:
+        return self.groups.oom_kills(sandbox.id)
+
     # --- mounts ---------------------------------------------------------------------------------
 
     def check_mount(self, mount: Mount) -> None:
