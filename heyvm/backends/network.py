@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import ipaddress
 import json
 import os
@@ -167,6 +166,11 @@ def resolvers(root: str = "/") -> list[str]:
     if any(one in ("127.0.0.53", "127.0.0.54") for one in found):
         found = nameservers(read(f"{root}run/systemd/resolve/resolv.conf")) or found
     return found[:MOST_RESOLVERS] or ["127.0.0.1"]  # what resolv.conf(5) says for none
+
+
+def resolvers_of_host() -> list[str]:
+    """Those that a program of the host's asks, as pasta does: the stub itself, if any."""
+    return nameservers(read("/etc/resolv.conf"))[:MOST_RESOLVERS] or ["127.0.0.1"]
 
 
 def uplink4() -> str | None:
@@ -603,13 +607,6 @@ def as_network(address: str) -> str:
     return f"{address}/{128 if ':' in address else 32}"
 
 
-@functools.cache
-def dns_host_option(pasta: str) -> str:
-    """How this pasta is told whom to ask: it takes no resolver on loopback by itself."""
-    done = subprocess.run([pasta, "--help"], capture_output=True, text=True, check=False)
-    return "--dns-host" if "--dns-host" in done.stdout + done.stderr else "--dns"
-
-
 class Pastas:
     """The pastas of an ordinary user's sandboxes, known by notes and by what they are called."""
 
@@ -625,15 +622,15 @@ class Pastas:
 
     def dns(self) -> list[str]:
         """Where DNS answers: pasta asks the host's first resolver of that family."""
-        found = resolvers()
+        found = resolvers_of_host()
         v4 = [self.dns4] if uplink4() and any(":" not in one for one in found) else []
-        v6 = [self.dns6] if uplink6() and any(":" in one for one in found) else []
+        v6 = [self.dns6] if self._ways_out()[1] and any(":" in one for one in found) else []
         return v4 + v6
 
     def specification(self, sandbox: Sandbox, *, carried: bool = True) -> dict[str, Any]:
         """What `netns.Network` and `netns.renew` take; no pasta where there is no way out."""
         self.notes.mkdir(mode=0o700, parents=True, exist_ok=True)
-        up4, up6 = uplink4(), uplink6()
+        up4, up6 = self._ways_out()
         wanted = carried and (up4 or up6)
         return {
             "nft": tool("nft") or "nft",
@@ -644,6 +641,13 @@ class Pastas:
             "arguments": self._arguments(up4, up6),
             "families": [socket.AF_INET] * bool(up4) + [socket.AF_INET6] * bool(up6),
         }
+
+    def _ways_out(self) -> tuple[str | None, str | None]:
+        """The interfaces to bind to. A resolver on loopback is not reached by a pasta (2023) that
+        was given one for IPv6: then names are worth more."""
+        up4 = uplink4()
+        on_loopback = all(within(one, ("127.0.0.0/8", "::1/128")) for one in resolvers_of_host())
+        return up4, None if up4 and on_loopback else uplink6()
 
     def _arguments(self, up4: str | None, up6: str | None) -> list[str]:
         words = ["--foreground", "--quiet", "--config-net", "--ns-ifname", netns.INSIDE]
@@ -658,9 +662,6 @@ class Pastas:
             words += ["--outbound-if6", up6, "--dns-forward", self.dns6]
         if not (up4 and up6):
             words.append("-4" if up4 else "-6")
-        asked = resolvers()
-        if up4 and all(within(one, ("127.0.0.0/8", "::1/128")) for one in asked):
-            words += [dns_host_option(tool("pasta") or "pasta"), asked[0]]
         return words
 
     def of(self, sandbox_id: str) -> pids.Process | None:
