@@ -20,7 +20,6 @@ from tests import images
 from tests.images import ImageRegistry, device, directory, entry, file, hard_link, layer, link
 from tests.stores import Store, store
 
-
 BAIT = f"heyvm-bait-{os.getpid()}"
 
 
