@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from heyvm.backends import ranges
+from tests import images
 from tests.server import Server, all_pids, command_line, wait_until
 
 pytestmark = [
@@ -229,3 +230,19 @@ def test_lines_are_found_by_name_and_number(tmp_path, user):
     (tmp_path / "subgid").write_text(f"{user}:x:10\n{user}:5:0\n")
     assert ranges.sub_ids(uid, str(tmp_path)) is None
     assert not Path(tmp_path, "passwd").exists()
+
+
+def test_an_image_of_an_ordinary_users_store_has_users(http, run):
+    layout = images.tiny()
+    packed = subprocess.run(["tar", "-C", layout, "-c", "."], stdout=subprocess.PIPE, check=True)
+    assert http.put("/images/tiny:1", data=packed.stdout).status_code == 201
+    made = http.post("/sandboxes", json={"image": "tiny:1", "network": "none"}).json()
+    assert made["image_resolved"].startswith("sha256:"), made
+    line = (
+        "echo bob:x:1001:1001::/home:/bin/sh >> /etc/passwd; chown 1001 /home;"
+        " su bob -c 'id -u; touch /home/f; stat -c %u /home/f'"
+    )
+    seen = run(made["id"], "sh", args=["-c", line])
+    assert seen["stdout"].split() == ["1001", "1001"], seen
+    assert http.delete(f"/sandboxes/{made['id']}").status_code == 204
+    assert http.delete("/images/tiny:1").status_code == 204
