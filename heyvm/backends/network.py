@@ -294,6 +294,7 @@ class Table:
         self.subnet = ipaddress.IPv4Network(subnet)
         self.prefix6 = self.prefix6_of(mark)
         self._kept = run_dir / "forwarding.json"
+        self._checked = False
         self._written: str | None = None
         self._seen: tuple[bytes, str] | None = None
 
@@ -464,12 +465,21 @@ class Table:
                 switch(f"ipv6/conf/{name}/accept_ra", "2")
         switch("ipv6/conf/all/forwarding", "1")
 
-    def ensure(self) -> None:
-        """Write it where it is missing. A look costs 0.1 ms."""
+    def is_there(self) -> bool:
         with contextlib.closing(Ruleset()) as ruleset:
-            if ruleset.has_table(self.name):
-                return
-        self.write()
+            return ruleset.has_table(self.name)
+
+    def check(self) -> None:
+        """Raise where this kernel, or this server's rights, would not let it be written."""
+        if not self._checked and not self.is_there():
+            run(tool("nft") or "nft", "--check", "-f", "-", given=self.text())
+        self._checked = True
+
+    def ensure(self) -> None:
+        """Write it where it is missing. A look costs 0.1 ms. What an earlier version wrote is
+        replaced at the keeper's first look."""
+        if not self.is_there():
+            self.write()
 
     def keep(self) -> bool:
         """The keeper's look: put back what somebody has changed. Whether anything was put back."""
@@ -525,9 +535,7 @@ class Table:
 
     def remove(self) -> None:
         """Take everything back but forwarding, which others may have come to need."""
-        with contextlib.closing(Ruleset()) as ruleset:
-            there = ruleset.has_table(self.name)
-        if there:
+        if self.is_there():
             run(tool("nft") or "nft", "delete", "table", "inet", self.name)
         pass_iptables(self.ours, remove=True)
         netlink = netns.Netlink()
@@ -730,15 +738,14 @@ class Networks:
                 return "/dev/net/tun is not there or not for you: modprobe tun; chmod 0666 on it"
             return None
         try:
-            self.table.ensure()
+            self.table.check()
         except (OSError, BackendFailed) as error:
             return f"the server may not change the machine's packet filter ({error})"
         return None
 
     def warm(self) -> None:
-        """Do now what the first start would wait for; a new version's rules replace the old."""
-        if self.root and self.problem() is None:
-            self.table.write()
+        """Do now what the first start would wait for."""
+        self.problem()
 
     def specification(self, sandbox: Sandbox, visit: bool) -> dict[str, Any] | None:
         """What the launcher is told: `spec["network"]`. With rules of its own they are there when
@@ -750,6 +757,7 @@ class Networks:
             raise Unavailable(f"sandbox {sandbox.slug!r} cannot have a network: {problem}")
         if not self.root:
             return self.pastas.specification(sandbox)
+        self.table.ensure()
         return self._of_root(sandbox)
 
     def _of_root(self, sandbox: Sandbox) -> dict[str, Any]:
