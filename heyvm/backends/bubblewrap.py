@@ -420,8 +420,13 @@ class Bubblewrap(Backend):
         directory = self.sandboxes / sandbox.id
         if (directory / "disk.img").exists():
             with self.launcher.ask({"action": "log", "dir": str(directory)}) as words:
-                (log,) = words.expect(b"L", START_TIMEOUT_S)
-                return log
+                try:
+                    (log,) = words.expect(b"L", START_TIMEOUT_S)
+                    return log
+                except BackendFailed:
+                    if directory.exists():
+                        raise
+                    return None  # deleted meanwhile
         flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             return os.open(directory / "log", flags)

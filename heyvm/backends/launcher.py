@@ -489,17 +489,21 @@ def assemble_as_user(spec: Spec, own: UserNamespace | None) -> list[int]:
         unshare(CLONE_NEWNS, "mounts")
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     os.chdir(spec["dir"])
-    for path in spec["lowers"].values():
-        below = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        demand_directories(below, "of its image")
-        os.close(below)
+    below = {name: directory_below(path) for name, path in spec["lowers"].items()}
     bundle, log = tree_of_user(spec["bundle"], True), tree_of_user("log", False)
     mounts = [mount_of_user(entry) for entry in spec["mounts"]]
     stage(*spec["lowers"])
-    for name, path in spec["lowers"].items():
-        overlay(name, path, ",userxattr")
+    for name in spec["lowers"]:
+        # By descriptor: in a path a comma or a colon would end it, and it would show inside.
+        overlay(name, f"/proc/self/fd/{below[name]}", ",userxattr")
     attach_agent(bundle, log)
     return mounts
+
+
+def directory_below(path: str) -> int:
+    below = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    demand_directories(below, "of its image")
+    return below
 
 
 def single_id_namespaces() -> None:
