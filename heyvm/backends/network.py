@@ -811,7 +811,8 @@ class Networks:
         """Take back what was made for one sandbox alone; its interface goes by itself."""
         own = sandbox.network.allow or sandbox.network.deny
         if self.root and own and sandbox.id_base is not None:
-            self.table.remove_own(f"h{self.mark}c{self._slot(sandbox):04x}")
+            slot = (sandbox.id_base - ranges.LOWEST) // ranges.SIZE
+            self.table.remove_own(f"h{self.mark}c{slot:04x}")
 
     def end(self, sandbox_id: str) -> None:
         """Nothing carries packets for this sandbox any more when this returns."""
