@@ -77,6 +77,14 @@ def test_names_that_are_none_are_not_found(http: Session) -> None:
         assert http.delete(f"/images/{odd}").status_code in (400, 404)
 
 
+def test_pull_is_a_route_and_no_name(http: Session) -> None:
+    answer = http.get("/images/pull")
+    assert answer.status_code == 405
+    assert set(answer.headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
+    problem(http.get("/images/pull:latest"), 404, "not-found")
+    problem(http.get("/images/pull/x"), 404, "not-found")
+
+
 def test_import(http: Session, server: Server) -> None:
     digest = hashlib.sha256(ROOT).hexdigest()
     answer = http.put("/images/my/root:1", data=ROOT, headers={"x-heyo-sha256": digest})

@@ -19,9 +19,10 @@ from heyvm.models import Image
 
 blp = Blueprint("images", description="Root file systems that sandboxes are made from.")
 
+BINARY = {"schema": {"type": "string", "format": "binary"}}
 ARCHIVE = {
     "required": True,
-    "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+    "content": {"application/octet-stream": BINARY, "application/x-tar": BINARY},
 }
 
 
@@ -50,7 +51,7 @@ class Pull(MethodView):
         return shown(images().pull(wanted["image"], unheard))
 
 
-@blp.route("/images/<rest:name>")
+@blp.route("/images/<image:name>")
 class OneImage(MethodView):
     @blp.operation("getImage", *STORED)
     @blp.response(200, ImageInfo)

@@ -15,7 +15,7 @@ from flask import Flask, Response, current_app, json, send_from_directory
 from flask_smorest import Api
 
 from heyvm import __version__
-from heyvm.api.paths import Rest
+from heyvm.api.paths import ImageName, Rest
 from heyvm.api.problems import BY_STATUS, MEDIA_TYPE, TYPE_PREFIX, Kind
 from heyvm.api.schemas import ProblemInfo
 
@@ -61,7 +61,8 @@ def describe(app: Flask) -> Api:
     """Make the document; blueprints that are registered with the result stand in it."""
     app.config.update(CONFIG)
     api = Document(app)
-    api.register_converter(Rest, lambda _converter: {"type": "string"})
+    for converter in (Rest, ImageName):
+        api.register_converter(converter, lambda _converter: {"type": "string"})
     components = api.spec.components
     components.security_scheme(
         "bearer", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}

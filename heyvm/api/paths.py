@@ -33,6 +33,13 @@ class Rest(BaseConverter):
     weight = 300
 
 
+class ImageName(Rest):
+    """As `Rest`, but for what is a route of its own. (An image of that name is `pull:latest`.)"""
+
+    regex = r"(?!pull\Z)[\s\S]*"
+    part_isolating = False
+
+
 class ByteRequest(Request):
     """A request whose query arguments keep bytes that are not UTF-8, as surrogates."""
 

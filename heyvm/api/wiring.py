@@ -27,7 +27,7 @@ from heyvm.api import (
     usage,
 )
 from heyvm.api.parts import EXTENSION, USAGES, Services
-from heyvm.api.paths import ByteRequest, Rest
+from heyvm.api.paths import ByteRequest, ImageName, Rest
 from heyvm.usage import Usages
 
 log = logging.getLogger("heyvm.api")
@@ -63,6 +63,7 @@ def connect(app: Flask, services: Services) -> None:
     app.extensions[USAGES] = Usages(services.settings.run_dir)
     app.json = Json(app)
     app.url_map.converters["rest"] = Rest
+    app.url_map.converters["image"] = ImageName
     # A redirect would lose a DELETE's meaning, and a mount path begins with a slash.
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
