@@ -334,7 +334,7 @@ class Groups:
     def _kill_member(self, pid: int, name: str) -> None:
         try:
             handle = os.pidfd_open(pid)
-        except ProcessLookupError:
+        except OSError:  # gone; EINVAL where its number still names a session
             return
         try:
             # Asked after the open: from here on the number cannot come to mean another process.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import select
@@ -44,7 +45,10 @@ class Process:
     def _open(self) -> Iterator[int | None]:
         try:
             descriptor = os.pidfd_open(self.pid)
-        except ProcessLookupError:
+        except OSError as error:
+            # EINVAL (before Linux 6.9): it is gone, and its number still names a session.
+            if error.errno not in (errno.ESRCH, errno.EINVAL):
+                raise
             yield None
             return
         try:
