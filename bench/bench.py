@@ -25,7 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.images import debian
-from tests.server import Server, all_pids, command_line
+from tests.netlab import Lab, LabServer
+from tests.server import ORDINARY, Server, all_pids, command_line
 
 ECHO = ["/bin/echo", "hello"]
 BWRAP = [shutil.which("bwrap") or "bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"]
@@ -36,6 +37,7 @@ CROWD = 300
 IMAGE = "debian:bench"
 AT_ONCE = 50
 CROWD_AT_ONCE = 100
+ORDINARY_CROWD = 5
 NEIGHBOUR_S = 6.0
 ABUSES = {
     "a fork bomb": ("bomb() { bomb | bomb & }; bomb", {"pids": 256, "cpus": 1}),
@@ -329,6 +331,21 @@ def measure_abuse(server: Server) -> list[Series]:
     return found
 
 
+def measure_ordinary() -> float:
+    """MiB of PSS of one of an ordinary user's sandboxes with egress, its pasta included; on a lab's
+    host, as an ordinary user needs a resolver and a /dev/net/tun like a distribution's."""
+    with Lab() as lab, lab.host(), LabServer(lab, ORDINARY) as server:
+        with Connection(server.port) as connection:
+            paths = [connection.create(network="egress") for _ in range(ORDINARY_CROWD)]
+            title = f"heyvm-pasta:{server.mark}".encode()
+            pastas = {pid for pid in all_pids() if title in command_line(pid)}
+            assert len(pastas) == ORDINARY_CROWD, f"{len(pastas)} pastas"
+            memory = sum(map(pss_bytes, box_pids(server) | pastas))
+            for path in paths:
+                connection.ask("DELETE", path)
+    return memory / MIB / ORDINARY_CROWD
+
+
 def box_pids(server: Server) -> set[int]:
     """Every process of every sandbox: pid 1, what it started, and bubblewrap outside."""
     title = f"heyvm:{server.mark}:".encode()
@@ -450,6 +467,8 @@ def main() -> None:
         during = [name for began, name in begun if began <= health.worst_at][-1]
         name = f"/health, slowest (during {during})"
         verdicts.append(Verdict(name, max(health.values) * 1000, 100, "ms"))
+    ordinary = measure_ordinary()
+    print(f"a sandbox of an ordinary user with egress, pasta included: {ordinary:.1f} MiB PSS")
     print("\n".join(map(str, verdicts)))
 
 
