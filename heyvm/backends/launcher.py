@@ -39,6 +39,7 @@ else:
 REQUEST_BYTES = 1 << 20
 AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP = 28, 0x4
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
@@ -156,10 +157,15 @@ def make_directories(root: int, path: str) -> int:
 class UserNamespace:
     """A new user namespace with these maps: made by a child, while the caller does other things.
 
-    `tools`: newuidmap and newgidmap, which write maps that an ordinary user may not.
+    `tools`: newuidmap and newgidmap, which write maps that an ordinary user may not. `owner`: whom
+    the kernel takes for its maker, where that is to be another than the host's root. What there is
+    so much of for each user (inotify, waiting signals) is counted for the maker as well, and one
+    sandbox took all that the machine's root had.
     """
 
-    def __init__(self, uid_map: str, gid_map: str, *, tools: list[str] | None = None) -> None:
+    def __init__(
+        self, uid_map: str, gid_map: str, *, tools: list[str] | None = None, owner: int = 0
+    ) -> None:
         self.maps = {"uid_map": uid_map, "gid_map": gid_map}
         self.tools = tools
         self.ready, ready = os.pipe()
@@ -168,6 +174,9 @@ class UserNamespace:
         if self.pid == 0:
             # Only system calls: this is a fork that never execs.
             os.close(self.go)
+            # With all capabilities kept: who has none may not everywhere make a user namespace.
+            if owner and libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0) == 0:
+                os.seteuid(owner)
             os.write(ready, b"0" if libc.unshare(CLONE_NEWUSER) == 0 else b"1")
             os.read(go, 1)
             os._exit(0)
@@ -689,7 +698,7 @@ def start_box(spec: Spec, say: int) -> None:
     network = netns.Network(spec["network"])
     own = None
     if base is not None:
-        own = UserNamespace(f"0 {base} {IDS}", f"0 {base} {IDS}")
+        own = UserNamespace(f"0 {base} {IDS}", f"0 {base} {IDS}", owner=base)
         own_mounts()
     elif spec["sub_ids"] is not None:
         own = namespace_of_sub_ids(spec)
