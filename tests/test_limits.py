@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -235,6 +236,82 @@ def test_what_lies_in_memory_fills_up_before_the_sandbox_dies(place, sandbox, ru
 
     assert "No space left" in seen["stderr"]
     assert seen["stdout"] == "rest\n"
+
+
+# What is neither a process's own memory nor a file of a tmpfs, each 256 MiB of it.
+OTHER_MEMORY = {
+    "locked": "m = mmap.mmap(-1, SIZE); c.mlockall(3); m.write(bytes(SIZE))",
+    "shared": "m = mmap.mmap(-1, SIZE, mmap.MAP_SHARED); m.write(bytes(SIZE))",
+    "memfd": "os.write(os.memfd_create('x'), bytes(SIZE))",
+    "System V": "c.shmat.restype = ctypes.c_void_p; n = c.shmget(77, SIZE, 0o1600);"
+    " ctypes.memset(c.shmat(n, None, 0), 1, SIZE)",
+    "sockets": "import socket, resource\nmost = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+    "for _ in range(60): os.fork() or kept.clear() or eat()",
+    "pipes": "import fcntl\nfor _ in range(60): os.fork() or eat(os.pipe)",
+}
+EAT = """
+import ctypes, mmap, os, time
+SIZE, kept, c = 256 << 20, [], ctypes.CDLL(None, use_errno=True)
+def eat(make=None):
+    import socket
+    make = make or (lambda: socket.socketpair())
+    try:
+        while True:
+            kept.append(make())
+            one = kept[-1][1]
+            fill = one if isinstance(one, int) else one.fileno()
+            os.set_blocking(fill, False)
+            try: os.write(fill, bytes(65536))
+            except BlockingIOError: pass
+    except OSError: time.sleep(20)
+    os._exit(0)
+"""
+
+
+@root_only
+@pytest.mark.parametrize("what", OTHER_MEMORY)
+def test_no_other_kind_of_memory_is_free(what, groups, http, sandbox, run, neighbour):
+    ref = sandbox(memory=96 * MIB, network="none")["id"]
+
+    run(ref, 'exec python3 -c "$P"', env={"P": EAT + OTHER_MEMORY[what]}, timeout_seconds=8)
+    neighbour()
+
+    assert groups.usage(ref).memory_bytes <= 96 * MIB
+    wait_until(lambda: http.get(f"/sandboxes/{ref}").json()["oom_kills"] > 0, "it is counted")
+    if http.get(f"/sandboxes/{ref}").json()["status"] == "running":
+        assert run(ref, "echo again")["stdout"] == "again\n"
+
+
+@root_only
+def test_files_that_are_read_and_written_push_nobody_out(groups, http, sandbox, run, neighbour):
+    """Pages of files are given back when the limit is reached: nothing has to die."""
+    ref = sandbox(memory=64 * MIB, network="none")["id"]
+
+    line = "head -c 300M /dev/zero > big; cat big big > /dev/null; rm big; echo done"
+    assert run(ref, line)["stdout"] == "done\n"
+    neighbour()
+
+    assert http.get(f"/sandboxes/{ref}").json()["oom_kills"] == 0
+
+
+@root_only
+def test_what_each_user_has_so_much_of_is_each_sandboxs_own(sandbox, run):
+    """The kernel counts inotify and its kind for the user who made the namespace too."""
+    take = (
+        "import ctypes, time\nc, n = ctypes.CDLL(None), 0\nwhile c.inotify_init1(0) >= 0: n += 1\n"
+    )
+    hog, other = sandbox(network="none")["id"], sandbox(network="none")["id"]
+    line = 'python3 -c "$P" > told & until grep . told; do sleep 0.1; done'
+    told = run(hog, line, env={"P": take + "print(n, flush=True); time.sleep(60)"})
+
+    assert int(told["stdout"]) > 9, told
+    assert run(hog, f"python3 -c '{take}print(n)'")["stdout"] == "0\n"
+    assert int(run(other, f"python3 -c '{take}print(n)'")["stdout"]) > 9
+    libc = ctypes.CDLL(None, use_errno=True)
+    opened = libc.inotify_init1(os.O_CLOEXEC)
+    assert opened >= 0, os.strerror(ctypes.get_errno())
+    os.close(opened)
 
 
 @root_only
