@@ -218,10 +218,10 @@ class Server:
         return found
 
     def cgroups(self) -> list[str]:
-        """The groups of its sandboxes, below each hierarchy."""
+        """Its groups, wherever somebody may have let it make some; the upper ones first."""
         roots = [line.split(" ")[4] for line in lines_with("/proc/self/mountinfo", " - cgroup")]
-        return [str(path) for root in roots for path in entries(Path(root, f"heyvm-{self.mark}"))
-                if path.is_dir()]  # fmt: skip
+        ours = f"/heyvm-{self.mark}"
+        return [path for root in roots for path, _, _ in os.walk(root) if ours in path]
 
     def network_left_overs(self) -> list[str]:
         """Interfaces, which the kernel takes a moment to reap, single sandboxes' rules, pastas."""

@@ -41,6 +41,7 @@ OLDEST_BWRAP = (0, 8, 0)  # the first with --perms on tmpfs and --cap-add for a 
 MKFS = "/usr/sbin:/sbin:/usr/bin:/bin"  # where mkfs.ext4 is; not always in a user's PATH
 DISK_GONE_S = 2.0
 GIB = 1 << 30
+TRIED = Limits(cpus=1, memory=GIB, pids=100)
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 SPARE_UID = 65533  # the agent's real uid where it has a range: prlimit(1) then needs a capability
 # Docker's list (moby, oci/caps/defaults.go) without NET_RAW and MKNOD; what each is for:
@@ -176,6 +177,7 @@ class Bubblewrap(Backend):
         return Network("none"), (f"it has no network: {problem}",)
 
     def _offer_limits(self, spec: CreateSpec) -> tuple[str, ...]:
+        self.launcher.warm()  # it tries them
         return self.groups.offer(Limits(spec.cpus, spec.memory, spec.pids))
 
     def _offer_ids(self) -> str:
@@ -256,6 +258,7 @@ class Bubblewrap(Backend):
 
     def _specification(self, sandbox: Sandbox, visit: bool) -> dict[str, Any]:
         parts = self.parts()
+        self.launcher.warm()
         sockets = self.settings.run_dir / ("visits" if visit else "agents")
         sub_ids = self._sub_ids_of(sandbox)
         single_id = not self.root and sub_ids is None
@@ -572,6 +575,7 @@ class Bubblewrap(Backend):
         self.networks.upkeep(running, self._renew_network)
 
     def _renew_network(self, sandbox: Sandbox, network: dict[str, Any]) -> None:
+        network["groups"] = self.groups.paths(sandbox.id)
         spec = {"action": "renew_network", "pid": sandbox.state["pid"], "network": network}
         with self.launcher.ask(spec) as words:
             words.expect(b"D", START_TIMEOUT_S)
@@ -662,6 +666,33 @@ class Launcher:
         return self._sock
 
     def _start(self) -> None:
+        self._spawn()
+        if os.geteuid() == 0 or not self._groups.places:
+            return
+        try:
+            self._try_groups()
+        except (HeyvmError, OSError) as error:
+            # Who is no root has them by the grace of systemd or of whoever set up the machine: then
+            # sandboxes run without limits, and `warnings` says so.
+            sys.stderr.write(f"heyvm: sandboxes have no cgroups: {error}\n")
+            self._forget()
+            self._groups.give_up()
+            self._spawn()
+
+    def _try_groups(self) -> None:
+        """Raises where a group like a sandbox's cannot be made and joined."""
+        assert self._sock is not None
+        name = f"spare-{os.getpid()}"
+        spec = {"action": "try_groups", "cgroups": self._groups.specification(name, TRIED)}
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                theirs.setblocking(True)
+                socket.send_fds(self._sock, [json.dumps(spec).encode()], [theirs.fileno()])
+            Words(ours).expect(b"D", START_TIMEOUT_S)
+        self._groups.remove(name)
+
+    def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)

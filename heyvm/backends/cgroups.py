@@ -48,6 +48,7 @@ class Hierarchy:
     controllers: frozenset[str]
     named: bool = False  # systemd's own v1 tree
     foreign: bool = False  # only a process that is below it already may be moved there
+    home: str = ""  # where a launcher goes that leaves; "": to the top
 
     def under(self, *names: str) -> str:
         return os.path.join(self.path, *names)
@@ -79,10 +80,10 @@ def _hierarchy(path: str, kind: str, options: str, root: bool) -> Hierarchy | No
     return Hierarchy(path, 1, controllers, named=named)
 
 
-def _unified(path: str, foreign: bool = False) -> Hierarchy | None:
+def _unified(path: str, *, foreign: bool = False, home: str = "") -> Hierarchy | None:
     if not os.access(path, os.W_OK):
         return None
-    return Hierarchy(path, 2, _can_be_given(path), foreign=foreign)
+    return Hierarchy(path, 2, _can_be_given(path), foreign=foreign, home=home)
 
 
 def _can_be_given(path: str) -> frozenset[str]:
@@ -98,7 +99,8 @@ def _delegated(mount: str) -> Hierarchy | None:
     """The highest group above our own that is this user's; else that of the user's systemd, to
     which it moves the launcher when it is asked (`Groups.scope`)."""
     own = next((line for line in _lines("/proc/self/cgroup") if line.startswith("0::/")), "0::/")
-    here, best = os.path.normpath(mount + own[3:]), None
+    home = here = os.path.normpath(mount + own[3:])
+    best = None
     while here.startswith(mount):
         if os.access(here, os.W_OK) and os.access(f"{here}/cgroup.procs", os.W_OK):
             best = here
@@ -106,11 +108,13 @@ def _delegated(mount: str) -> Hierarchy | None:
             break
         here = os.path.dirname(here)
     if best is not None:
-        return _unified(best)
+        return _unified(best, home=home)
     uid = os.geteuid()
     users = f"{mount}/user.slice/user-{uid}.slice/user@{uid}.service"
     bus = os.path.exists(f"/run/user/{uid}/bus") and shutil.which("systemd-run") is not None
-    return _unified(users, foreign=True) if bus else None
+    # A group that gives controllers away takes no processes, and a scope goes when it is empty:
+    # what is left is the group of the user's systemd itself.
+    return _unified(users, foreign=True, home=f"{users}/init.scope") if bus else None
 
 
 def reserve(total: int) -> int:
@@ -160,6 +164,11 @@ class Groups:
         run = [shutil.which("systemd-run") or "", "--user", "--scope", "--quiet"]
         return [*run, "-p", "Delegate=yes", "--", "/usr/bin/env", "-i"]
 
+    def give_up(self) -> None:
+        """It was tried, and no group can be made: from here on as where there are none."""
+        self.places, self._unified, self._has = (), None, {}
+        self._outside = tuple(one for one in self._outside if not one.foreign)
+
     def offer(self, limits: Limits) -> tuple[str, ...]:
         """What of these limits cannot be had on this machine, in words."""
         why = "this server may write no cgroup that has it (`heyvm doctor`)"
@@ -181,12 +190,16 @@ class Groups:
     # --- for the launcher -----------------------------------------------------------------------
 
     @property
-    def launcher(self) -> dict[str, list[str]]:
-        """`leaves`: the groups of the launchers, so that no sandbox is in the server's; `spares`:
-        where the next sandbox's v1 groups may be made beforehand, and renamed."""
+    def launcher(self) -> dict[str, list[Any]]:
+        """`leaves`: the groups of the launchers, so that no sandbox is in the server's, and where
+        to go in the end; `spares`: where the next sandbox's v1 groups may be made beforehand, and
+        renamed."""
         old = [place for place in self.places if place.version == 1]
         return {
-            "leaves": [place.under(self.parent, LAUNCHER) for place in self._outside],
+            "leaves": [
+                [place.under(self.parent, LAUNCHER), place.home or place.path]
+                for place in self._outside
+            ],
             "spares": [place.under(self.parent) for place in old],
         }
 
@@ -237,6 +250,10 @@ class Groups:
 
     def exists(self, name: str) -> bool:
         return bool(self.places) and os.path.isdir(self._at(self.places[0], name))
+
+    def paths(self, name: str) -> list[str]:
+        """The directories of its groups that there are."""
+        return [path for place in self.places if os.path.isdir(path := self._at(place, name))]
 
     def usage(self, name: str) -> Reading:
         """Its counters. Never raises: what there is none of is None."""

@@ -626,12 +626,12 @@ def listen(directory: int, name: str) -> tuple[socket.socket, socket.socket]:
     return sock, first
 
 
-def join_cgroups(paths: list[str]) -> None:
+def join_cgroups(leaves: list[list[str]]) -> None:
     """Leave the server's groups: systemd stops a unit by its group, whatever sessions it made.
 
     Once, here: what is forked inherits it. Limits are those of each sandbox's own group.
     """
-    for path in paths:
+    for path, _ in leaves:
         try:
             os.makedirs(path, exist_ok=True)
             write_file(os.path.join(path, "cgroup.procs"), "0")
@@ -639,14 +639,15 @@ def join_cgroups(paths: list[str]) -> None:
             sys.stderr.write(f"heyvm: sandboxes stay in the server's cgroup: {path}: {error}\n")
 
 
-def leave_cgroups(paths: list[str]) -> None:
-    """Back to the top, and away with ours unless a sandbox is still in it."""
-    for path in paths:
-        above = os.path.dirname(path)
+def leave_cgroups(leaves: list[list[str]], parents: list[str]) -> None:
+    """Back to where no group is ours, and away with ours unless a sandbox is still in it."""
+    for path, home in leaves:
         with contextlib.suppress(OSError):
-            write_file(os.path.join(os.path.dirname(above), "cgroup.procs"), "0")
+            write_file(os.path.join(home, "cgroup.procs"), "0")
             remove_group(path)
-            os.rmdir(above)
+    for path in {*parents, *(os.path.dirname(leaf) for leaf, _ in leaves)}:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -> list[str]:
@@ -821,6 +822,10 @@ def open_log(spec: Spec, say: int) -> None:
     socket.send_fds(socket.socket(fileno=os.dup(say)), [b"L"], [log])
 
 
+def try_groups(spec: Spec, say: int) -> None:
+    """Nothing is left to be done: we are in them."""
+
+
 def try_sub_ids(spec: Spec, say: int) -> None:
     enter(namespace_of_sub_ids(spec))
 
@@ -843,6 +848,7 @@ ACTIONS = {
     "add_mount": add_mount,
     "remove_mount": remove_mount,
     "log": open_log,
+    "try_groups": try_groups,
     "try_sub_ids": try_sub_ids,
     "try_id_maps": try_id_maps,
     "remove": remove_tree,
@@ -897,9 +903,9 @@ class Forks:
     def serve(self, data: bytes, say: int) -> None:
         spec = json.loads(data)
         try:
-            if spec["action"] == "box" and self.parents:
+            if "cgroups" in spec and self.parents:
                 self.hand_on(data, say)
-            elif spec["action"] == "box" and spec["cgroups"]["groups"]:
+            elif "cgroups" in spec and spec["cgroups"]["groups"]:
                 self.fork(fork_into_group(spec["cgroups"]), spec, say)
             else:
                 self.fork(os.fork(), spec, say)
@@ -944,7 +950,7 @@ def main() -> None:
         os.close(say)
     if forks.spare is not None:
         forks.spare.end()
-    leave_cgroups(groups["leaves"])
+    leave_cgroups(groups["leaves"], groups["spares"])
 
 
 main()

@@ -307,11 +307,22 @@ def furnish_inside(spec: Spec, inside: Netlink, index: int) -> None:
             # where nobody answers (for IPv4 the kernel does that by itself).
             messages.append(route_message(network, index=index, metric=4096))
     families = ("4", "6") if spec["address6"] else ("4",)
+    ask_for_no_neighbour(families)
     for family in families:
         gateway = spec["gateway" + family]
         for network in ("0.0.0.0/0" if family == "4" else "::/0", *spec["open" + family]):
             messages.append(route_message(network, index=index, gateway=gateway))
     inside.do(*(one for one in messages if spec["address6"] or not speaks_v6(one)))
+
+
+def ask_for_no_neighbour(families: Iterable[str]) -> None:
+    """Both ends know each other. The kernel's table of neighbours is one for the whole machine (1024
+    of them): those that a socket bound to the interface is after would fill it, were they waited
+    for."""
+    for family in families:
+        for name in ("mcast_solicit", "app_solicit"):
+            with open(f"/proc/sys/net/ipv{family}/neigh/{INSIDE}/{name}", "w") as file:
+                file.write("0")
 
 
 def speaks_v6(message: tuple[int, int, bytes]) -> bool:
@@ -359,7 +370,8 @@ class Pasta:
     attached to `target`'s when they are there and have their rules.
 
     Its pid is in `spec["note"]` before it is attached to anything; what it is called names the
-    target too, so that one whose sandbox is gone is found.
+    target too, so that one whose sandbox is gone is found. It is in the sandbox's cgroups: born
+    there with the box, or moved to `spec["groups"]` before it is pasta.
     """
 
     def __init__(self, spec: Spec, target: int) -> None:
@@ -383,6 +395,9 @@ class Pasta:
     def _become(self, go: int, failed: int) -> None:
         try:
             os.setsid()
+            for path in self.spec.get("groups", ()):
+                with open(f"{path}/cgroup.procs", "w") as file:
+                    file.write("0")
             write_note(self.spec["note"], os.getpid())
             if os.read(go, 1) == b"1":
                 exec_pasta(self.spec, self.target, failed)
