@@ -16,10 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from heyvm.errors import HeyvmError
 from heyvm.settings import Settings
+
+if TYPE_CHECKING:
+    from heyvm.api.parts import Services
+    from heyvm.backends.cgroups import Groups
+    from heyvm.backends.network import Networks
 
 T = TypeVar("T")
 
@@ -30,6 +35,7 @@ ENOUGH_BYTES = 1024**3
 ENOUGH_INODES = 20_000
 NEWEST_PYTHON = (3, 13)
 IDMAPPED_OVERLAY = (5, 19)  # overlayfs takes idmapped layers from there
+LAUNCHER_END_S = 2.0
 USERNS_CURE = "sysctl -w user.max_user_namespaces=15000, and in /etc/sysctl.d to keep it"
 
 APPARMOR_PROFILE = """\
@@ -89,13 +95,18 @@ def every_check(settings: Settings, machine: Machine) -> Iterator[Check]:
     yield user_namespaces(machine)
     yield apparmor(machine)
     yield idmapped_mounts(machine)
-    yield ids(machine)
-    yield groups()
-    yield network(settings)
+    yield image_tools()
     yield run_directory(settings)
     yield data_directory(settings, machine)
     yield space(settings)
-    yield from a_sandbox(settings)
+    try:
+        with _a_server(settings) as services:
+            yield from _what_can_be_had(services, machine)
+            yield from _whole_life(services)
+    except HeyvmError as wrong:
+        yield Check(FAIL, "a sandbox", wrong.detail)
+    except OSError as error:
+        yield Check(FAIL, "a sandbox", str(error), _cure_of(error))
 
 
 def python() -> Check:
@@ -165,22 +176,53 @@ def idmapped_mounts(machine: Machine) -> Check:
     """What gives each sandbox of a root server its own ids over one shared system."""
     name = "idmapped mounts"
     if machine.euid != 0:
-        return Check(OK, name, "not needed: an ordinary user's sandbox has one id")
+        return Check(OK, name, "not needed: an ordinary user's sandbox has ids of that user's")
     number = tuple(int(part) for part in machine.release.split("-")[0].split(".")[:2])
     if number < IDMAPPED_OVERLAY:
         return Check(FAIL, name, f"kernel {machine.release}", "they need Linux 5.19 or newer")
     return Check(OK, name, f"kernel {machine.release}")
 
 
-def ids(machine: Machine) -> Check:
-    """Whose ids a sandbox has."""
+def image_tools() -> Check:
+    """What fetches and unpacks images; the host's own files do without."""
+    name, packages = "image tools", {"skopeo": "skopeo", "umoci": "umoci"}
+    packages |= {"gzip": "gzip", "bzip2": "bzip2", "xz": "xz-utils", "zstd": "zstd"}
+    missing = [tool for tool in packages if shutil.which(tool) is None]
+    if not missing:
+        return Check(OK, name, ", ".join(packages))
+    needed = {"skopeo", "umoci"}.intersection(missing)
+    what = "only `host` and images that are here" if needed else "no layers packed with it"
+    cure = f"on Debian and Ubuntu: apt install {' '.join(packages[one] for one in missing)}"
+    return Check(WARN, name, f"no {', no '.join(missing)}: {what}", cure)
+
+
+def _what_can_be_had(services: Services, machine: Machine) -> Iterator[Check]:
+    """The answers that a create would get from the backend."""
+    from heyvm.backends.bubblewrap import Bubblewrap
+
+    backend = services.backends[Bubblewrap.name]
+    assert isinstance(backend, Bubblewrap)
+    backend.warm()
+    yield ids(backend._offer_ids(), machine)
+    for warning in backend._offer_owners():
+        yield Check(WARN, "image files", warning, "put HEYVM_DATA_DIR on ext4, xfs or btrfs")
+    yield groups(backend.groups)
+    yield network(backend.networks)
+    yield disks(backend._why_no_disk())
+
+
+def ids(offered: str, machine: Machine) -> Check:
+    """Whose ids a sandbox has: `offered` is `ids` of its record."""
+    if offered == "sub-ids":
+        return Check(OK, "ids", "this user's of /etc/subuid and /etc/subgid, for all sandboxes")
     if machine.euid != 0:
         return Check(
             WARN,
             "ids",
-            "an ordinary user's sandbox has one id, yours: what needs a second one (apt-get, su)"
-            " fails inside, and files that it makes are yours",
-            "run the server as root for 65,536 ids for each sandbox",
+            "one id, this user's: what needs a second one (apt-get, su, `user`) fails inside",
+            "for more, a line for this user in /etc/subuid and /etc/subgid (usermod --add-subuids"
+            " 100000-165535 --add-subgids 100000-165535 NAME, a part that nobody else has) and"
+            " the package uidmap, or a server run as root",
         )
     for path in ("/etc/subuid", "/etc/subgid"):
         place = machine.root / path.lstrip("/")
@@ -191,33 +233,40 @@ def ids(machine: Machine) -> Check:
     return Check(OK, "ids", "65,536 for each sandbox, reserved in /etc/subuid and /etc/subgid")
 
 
-def groups() -> Check:
+def groups(found: Groups) -> Check:
     """Limits, pause and usage are theirs."""
-    from heyvm.backends.cgroups import LIMITED, Groups
+    from heyvm.backends.cgroups import LIMITED
 
-    found = Groups("doctor")
     if not found.places:
-        what = "none that may be written: limits are of single processes, and there is no pause"
+        what = "none that may be written: memory is limited by process, cpus not, and no pause"
         cure = "run the server as root, or in a session of systemd with cgroup v2"
         return Check(WARN, "cgroups", what, cure)
+    limited = ", ".join(one for one in LIMITED if one in found.controllers) or "nothing"
     where = ", ".join(f"{place.path} (v{place.version})" for place in found.places)
-    if missing := sorted(set(LIMITED) - found.controllers):
-        what = f"{where}, without a controller for {', '.join(missing)}: not limited"
-        return Check(WARN, "cgroups", what, "cgroup v2 with these controllers delegated")
-    return Check(OK, "cgroups", where)
+    what = f"limit {limited}{'' if found.can_freeze else ', cannot pause'}: {where}"
+    if missing := [one for one in LIMITED if one not in found.controllers]:
+        cure = f"have the controllers {', '.join(missing)} delegated, or run the server as root"
+        return Check(WARN, "cgroups", f"{what}, without {', '.join(missing)}", cure)
+    return Check(OK, "cgroups", what)
 
 
-def network(settings: Settings) -> Check:
+def network(networks: Networks) -> Check:
     """What carries a sandbox's packets, and which resolvers it is given."""
-    from heyvm.backends.network import Networks, resolvers
+    from heyvm.backends.network import resolvers
 
-    name = "network"
-    with _own_directories(settings) as own:
-        problem = Networks(own).problem()
+    problem = networks.problem()
     if problem is not None:
-        return Check(WARN, name, f"sandboxes have none: {problem}")
-    kind = "interface pairs and nftables" if os.geteuid() == 0 else "pasta and nftables"
-    return Check(OK, name, f"{kind}; names are asked of {', '.join(resolvers())}")
+        return Check(WARN, "network", f"sandboxes have none: {problem}")
+    kind = "interface pairs and nftables" if networks.root else "pasta and nftables"
+    asked = ", ".join(resolvers()) or "nobody (no nameserver in /etc/resolv.conf)"
+    return Check(OK, "network", f"{kind}; names are asked of {asked}")
+
+
+def disks(why_not: str | None) -> Check:
+    """Whether `disk_size_gb` can be kept to."""
+    if why_not is not None:
+        return Check(WARN, "disk limits", f"none, disk_size_gb is refused: {why_not}")
+    return Check(OK, "disk limits", "a file system of its own for a sandbox with disk_size_gb")
 
 
 def run_directory(settings: Settings) -> Check:
@@ -267,50 +316,67 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
-def a_sandbox(settings: Settings) -> Iterator[Check]:
-    """Create, execute and delete, in a data directory of its own beside the real data."""
-    try:
-        with _own_directories(settings) as own:
-            yield from _whole_life(own)
-    except OSError as error:
-        cure = f"can this user write to {_existing(settings.data_dir)}?"
-        yield Check(FAIL, "a sandbox", str(error), cure)
-
-
 @contextlib.contextmanager
-def _own_directories(settings: Settings) -> Iterator[Settings]:
-    # On the real data directory's file system: that is the one that has to be able to.
+def _a_server(settings: Settings) -> Iterator[Services]:
+    """The parts of a server that has a data directory of its own beside the real data: on its file
+    system, for that is the one that has to be able to."""
+    from app import build
     from heyvm.backends import trees
 
     data = tempfile.mkdtemp(prefix=".heyvm-doctor-", dir=_existing(settings.data_dir))
     try:
         with tempfile.TemporaryDirectory(prefix="hv-") as run_dir:
             own = replace(settings, data_dir=Path(data), run_dir=Path(run_dir), notices=())
+            services = build(own)
             try:
-                yield own
+                yield services
             finally:
-                _give_back(own)
+                _give_back(services)
     finally:
         trees.remove(data)
 
 
-def _give_back(own: Settings) -> None:
-    """Ids and cgroups that were reserved for the directories that go."""
-    from heyvm.backends import cgroups, network, ranges
+def _give_back(services: Services) -> None:
+    """Whatever was made or reserved outside of the directories that go."""
+    from heyvm.backends import ranges
+    from heyvm.backends.bubblewrap import Bubblewrap
 
-    network.Networks(own).remove()
-    with contextlib.suppress(HeyvmError, OSError):
-        cgroups.remove_tree(own.mark)
-        if os.geteuid() == 0:
+    own = services.settings
+    backend = services.backends[Bubblewrap.name]
+    assert isinstance(backend, Bubblewrap)
+    for sandbox_id in services.lifecycle.registry.known_ids():
+        with contextlib.suppress(HeyvmError, OSError):
+            services.lifecycle.delete(sandbox_id)
+    backend.networks.remove()
+    backend.launcher._forget()  # it ends, and with it what keeps the groups from going
+    _remove_groups(own.mark)
+    if backend.root:
+        with contextlib.suppress(HeyvmError):
             ranges.release(own.mark)
 
 
-def _whole_life(own: Settings) -> Iterator[Check]:
-    from app import create_app
-    from heyvm.api.parts import EXTENSION, Services
+def _remove_groups(mark: str) -> None:
+    from heyvm.backends import cgroups
+
+    places = [place.under(f"heyvm-{mark}") for place in cgroups.hierarchies()]
+    end = time.monotonic() + LAUNCHER_END_S
+    cgroups.remove_tree(mark)
+    while any(map(os.path.exists, places)) and time.monotonic() < end:
+        time.sleep(0.02)
+        cgroups.remove_tree(mark)
+
+
+def _cure_of(error: OSError) -> str:
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        where = os.path.dirname(error.filename)
+        return f"ask as the user that the server runs as, who has to be able to write to {where}"
+    return ""
+
+
+def _whole_life(services: Services) -> Iterator[Check]:
+    """Create, execute and delete."""
     from heyvm.models import CreateSpec, ExecRequest
 
-    services: Services = create_app(own).extensions[EXTENSION]
     print("making what the first sandbox needs, in a directory of its own ...", file=sys.stderr)
     try:
         made, took = _timed(lambda: services.lifecycle.create(CreateSpec(name="doctor")))

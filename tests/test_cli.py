@@ -117,7 +117,20 @@ def test_doctor_runs_a_sandbox_and_leaves_nothing(user: int | None) -> None:
         }
         needed = {levels[name] for name in ("bubblewrap", "create", "execute", "delete")}
         assert needed == {"ok"}
+        assert levels.keys() >= {"image tools", "ids", "cgroups", "network", "disk limits"}
         assert os.listdir(home) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes directories of another user's")
+def test_doctor_tells_who_may_not_write_what(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        done = heyvm("doctor", user=ORDINARY, HOME=home, HEYVM_DATA_DIR=home)
+
+        assert done.returncode == 1
+        assert f"Permission denied: '{home}/" in done.stdout
+        assert f"has to be able to write to {home}" in done.stdout
+        assert "Traceback" not in done.stderr
 
 
 def test_doctor_as_json(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from heyvm import doctor
+from heyvm.backends.cgroups import Groups, Hierarchy
 from heyvm.doctor import FAIL, OK, WARN, Machine
 from heyvm.settings import Settings
 
@@ -64,10 +65,41 @@ def test_a_root_server_needs_idmapped_mounts(tmp_path: Path, release: str, level
 
 
 def test_an_ordinary_users_single_id_is_told(tmp_path: Path) -> None:
-    check = doctor.ids(machine(tmp_path))
+    check = doctor.ids("single", machine(tmp_path))
 
     assert (check.level, check.name) == (WARN, "ids")
     assert "one id" in check.what
+    assert "usermod --add-subuids" in check.cure
+    assert doctor.ids("sub-ids", machine(tmp_path)).level == OK
+
+
+def test_tools_for_images_that_are_missing_come_with_their_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.image_tools().level == OK
+    for name in ("skopeo", "umoci", "gzip", "bzip2", "zstd"):
+        (tmp_path / name).symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    check = doctor.image_tools()
+
+    assert (check.level, check.what) == (WARN, "no xz: no layers packed with it")
+    assert check.cure.endswith("apt install xz-utils")
+
+
+def test_what_groups_cannot_limit_is_named() -> None:
+    some = Hierarchy("/sys/fs/cgroup", 2, frozenset({"memory", "pids"}))
+
+    check = doctor.groups(Groups("0", (some,)))
+
+    assert (check.level, check.name) == (WARN, "cgroups")
+    assert check.what == "limit memory, pids: /sys/fs/cgroup (v2), without cpu"
+    assert "no pause" in doctor.groups(Groups("0", ())).what
+
+
+def test_disk_limits_that_cannot_be_had_say_why() -> None:
+    assert "no loop devices" in doctor.disks("the machine has no loop devices").what
+    assert doctor.disks(None).level == OK
 
 
 def test_overlay_on_overlay_is_told_before_it_is_tried(tmp_path: Path) -> None:
