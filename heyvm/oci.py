@@ -772,7 +772,7 @@ class Stream:
         self.position += size
         while size:
             if self.ended():
-                raise invalid("the archive ends in the middle")
+                raise invalid("the archive ends in the middle, or is no tar")
             piece, self._rest = self._rest[:size], self._rest[size:]
             size -= len(piece)
             yield piece
@@ -827,8 +827,10 @@ def member_of(header: bytes, kind: bytes, told: Mapping[bytes, bytes], stream: S
 
 
 def demand_checksum(header: bytes) -> None:
-    if sum(header[:148]) + 8 * 32 + sum(header[156:]) != number(header[148:156]):
-        raise invalid("a layer is no tar, or corrupt")
+    if not re.fullmatch(rb"[ \0]*[0-7]+[ \0]*", header[148:156]) or (
+        sum(header[:148]) + 8 * 32 + sum(header[156:]) != number(header[148:156])
+    ):
+        raise invalid("what should be a tar is none, or corrupt")
 
 
 def number(text: bytes) -> int:

@@ -44,6 +44,8 @@ class Whole(fields.Integer):
     """A whole number: 3 and 3.0 (one number, for JSON Schema), not true, not "3"."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
+        if isinstance(value, str):
+            raise ValidationError("Must be a whole number, without quotes or a unit.")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValidationError("Must be a whole number.")
         if value != math.floor(value):
