@@ -9,7 +9,16 @@ import pytest
 
 from heyvm.backends import network
 from tests import netlab
-from tests.netlab import HOST, PRIVATE_RESOLVER, PROBE, PUBLIC, RESOLVER, RESOLVER6, LabServer
+from tests.netlab import (
+    HOST,
+    PRIVATE_RESOLVER,
+    PROBE,
+    PUBLIC,
+    PUBLIC6,
+    RESOLVER,
+    RESOLVER6,
+    LabServer,
+)
 from tests.server import ORDINARY, wait_until
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root")
@@ -148,6 +157,37 @@ def test_who_is_behind_systemd_resolved_is_asked(tmp_path):
 def test_at_most_three_resolvers_and_none_of_one_link(tmp_path):
     text = "# c\nnameserver fe80::1%eth0\n" + "".join(f"nameserver 192.0.2.{n}\n" for n in range(5))
     assert resolvers_of(tmp_path, text)[-2:] == ["192.0.2.0", "192.0.2.1"]
+            got = execute(http, ref, "getent", "ahostsv4", "later.test")
+            assert got["stdout"].startswith(PUBLIC), got
+
+
+@root_only
+@BOTH
+@pytest.mark.parametrize(
+    ("gone", "resolver", "names"),
+    [
+        (("route", "delete", "default"), RESOLVER, False),
+        (("-6", "route", "delete", "default"), RESOLVER6, False),
+        (("route", "delete", "default"), "127.0.0.53", False),
+        (("route", "list"), None, None),
+    ],
+    ids=["v4 resolver, v6 route", "v6 resolver, v4 route", "stub, v6 route", "no resolver"],
+)
+def test_a_host_whose_resolver_cannot_be_asked_starts_sandboxes(uid, gone, resolver, names):
+    with netlab.Lab() as lab:
+        netlab.ip("-n", lab.host_name, *gone)
+        lab.set_resolver(*([resolver] if resolver else []))
+        with lab.host(), LabServer(lab, uid) as server, server.http() as http:
+            answer = http.post("/sandboxes", json={})
+            assert answer.status_code == 201, answer.text
+            record = answer.json()
+            told = "no names are found" in " ".join(record["warnings"])
+            assert told is (uid != 0 and names is False)
+            way = PUBLIC6 if gone[:2] == ("route", "delete") else PUBLIC
+            wanted = json.dumps({"out": ["tcp", way, 80]})
+            probe = ["/usr/bin/python3", "-I", "-c", PROBE]
+            said = execute(http, record["id"], *probe, stdin=wanted)["stdout"]
+            assert "reached" in said, said
 
 
 def test_no_resolver_means_the_host_itself(tmp_path):

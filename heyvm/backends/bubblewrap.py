@@ -169,8 +169,10 @@ class Bubblewrap(Backend):
 
     def _offer_network(self, spec: CreateSpec) -> tuple[Network, tuple[str, ...]]:
         wanted = spec.network or Network()
-        if wanted.mode == "none" or (problem := self.networks.problem()) is None:
+        if wanted.mode == "none":
             return wanted, ()
+        if (problem := self.networks.problem()) is None:
+            return wanted, self.networks.lacks()
         if spec.network is not None:
             text = f"no sandbox can have a network here: {problem}"
             raise Invalid(text, errors={"network": [text]})

@@ -629,13 +629,30 @@ class Pastas:
         self.dns4, self.dns6 = str(subnet[1]), str(prefix6[1])
 
     def dns(self) -> list[str]:
-        """Where DNS answers: pasta asks the host's first resolver of that family."""
+        """Where DNS answers: pasta asks the host's first resolver of that family. Without a way out
+        there is no telling which of them will, once there is one."""
+        up4, up6 = self._ways_out()
+        if not (up4 or up6):
+            return [self.dns4, self.dns6]
         found = resolvers_of_host()
-        v4 = [self.dns4] if uplink4() and any(":" not in one for one in found) else []
-        v6 = [self.dns6] if self._ways_out()[1] and any(":" in one for one in found) else []
+        v4 = [self.dns4] if up4 and any(":" not in one for one in found) else []
+        v6 = [self.dns6] if up6 and any(":" in one for one in found) else []
         return v4 + v6
 
     def specification(self, sandbox: Sandbox, *, carried: bool = True) -> dict[str, Any]:
+    def lacks(self) -> tuple[str, ...]:
+        """What a sandbox's network has not got on this machine as it is, in words."""
+        if not any(self._ways_out()):
+            return (
+                "it reaches nothing: this machine has no default route (it does when there is)",
+            )
+        if not self.dns():
+            return (
+                "no names are found inside: over the family that has a default route, this machine"
+                " has no resolver (/etc/resolv.conf)",
+            )
+        return ()
+
         """What `netns.Network` and `netns.renew` take; no pasta where there is no way out."""
         self.notes.mkdir(mode=0o700, parents=True, exist_ok=True)
         up4, up6 = self._ways_out()
@@ -744,6 +761,10 @@ class Networks:
         return None
 
     def warm(self) -> None:
+    def lacks(self) -> tuple[str, ...]:
+        """What a sandbox's network has not got on this machine as it is, in words."""
+        return () if self.root else self.pastas.lacks()
+
         """Do now what the first start would wait for."""
         self.problem()
 
