@@ -135,28 +135,6 @@ def test_a_host_without_a_network_starts_sandboxes_all_the_same(uid):
                 lambda: PUBLIC in execute(http, ref, "sh", "-c", fetch)["stdout"],
                 "the sandbox has a network as soon as the host has",
             )
-
-
-# --- words --------------------------------------------------------------------------------------
-
-
-def resolvers_of(tmp_path, text, resolved=None):
-    (tmp_path / "etc").mkdir()
-    (tmp_path / "etc/resolv.conf").write_text(text)
-    if resolved is not None:
-        (tmp_path / "run/systemd/resolve").mkdir(parents=True)
-        (tmp_path / "run/systemd/resolve/resolv.conf").write_text(resolved)
-    return network.resolvers(f"{tmp_path}/")
-
-
-def test_who_is_behind_systemd_resolved_is_asked(tmp_path):
-    stub = "nameserver 127.0.0.53\noptions edns0\n"
-    assert resolvers_of(tmp_path, stub, "nameserver 192.0.2.9\n") == ["192.0.2.9"]
-
-
-def test_at_most_three_resolvers_and_none_of_one_link(tmp_path):
-    text = "# c\nnameserver fe80::1%eth0\n" + "".join(f"nameserver 192.0.2.{n}\n" for n in range(5))
-    assert resolvers_of(tmp_path, text)[-2:] == ["192.0.2.0", "192.0.2.1"]
             got = execute(http, ref, "getent", "ahostsv4", "later.test")
             assert got["stdout"].startswith(PUBLIC), got
 
@@ -188,6 +166,28 @@ def test_a_host_whose_resolver_cannot_be_asked_starts_sandboxes(uid, gone, resol
             probe = ["/usr/bin/python3", "-I", "-c", PROBE]
             said = execute(http, record["id"], *probe, stdin=wanted)["stdout"]
             assert "reached" in said, said
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+def resolvers_of(tmp_path, text, resolved=None):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/resolv.conf").write_text(text)
+    if resolved is not None:
+        (tmp_path / "run/systemd/resolve").mkdir(parents=True)
+        (tmp_path / "run/systemd/resolve/resolv.conf").write_text(resolved)
+    return network.resolvers(f"{tmp_path}/")
+
+
+def test_who_is_behind_systemd_resolved_is_asked(tmp_path):
+    stub = "nameserver 127.0.0.53\noptions edns0\n"
+    assert resolvers_of(tmp_path, stub, "nameserver 192.0.2.9\n") == ["192.0.2.9"]
+
+
+def test_at_most_three_resolvers_and_none_of_one_link(tmp_path):
+    text = "# c\nnameserver fe80::1%eth0\n" + "".join(f"nameserver 192.0.2.{n}\n" for n in range(5))
+    assert resolvers_of(tmp_path, text)[-2:] == ["192.0.2.0", "192.0.2.1"]
 
 
 def test_no_resolver_means_the_host_itself(tmp_path):

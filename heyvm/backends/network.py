@@ -639,7 +639,6 @@ class Pastas:
         v6 = [self.dns6] if up6 and any(":" in one for one in found) else []
         return v4 + v6
 
-    def specification(self, sandbox: Sandbox, *, carried: bool = True) -> dict[str, Any]:
     def lacks(self) -> tuple[str, ...]:
         """What a sandbox's network has not got on this machine as it is, in words."""
         if not any(self._ways_out()):
@@ -653,6 +652,7 @@ class Pastas:
             )
         return ()
 
+    def specification(self, sandbox: Sandbox, *, carried: bool = True) -> dict[str, Any]:
         """What `netns.Network` and `netns.renew` take; no pasta where there is no way out."""
         self.notes.mkdir(mode=0o700, parents=True, exist_ok=True)
         up4, up6 = self._ways_out()
@@ -760,11 +760,11 @@ class Networks:
             return f"the server may not change the machine's packet filter ({error})"
         return None
 
-    def warm(self) -> None:
     def lacks(self) -> tuple[str, ...]:
         """What a sandbox's network has not got on this machine as it is, in words."""
         return () if self.root else self.pastas.lacks()
 
+    def warm(self) -> None:
         """Do now what the first start would wait for."""
         self.problem()
 
