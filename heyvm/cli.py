@@ -1,4 +1,4 @@
-"""The `heyvm` command: starts the server, checks the machine, keeps images, makes tokens."""
+"""The `heyvm` command: serves, checks the machine, keeps images, makes tokens, purges."""
 
 from __future__ import annotations
 
@@ -82,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     imagecli.add_to(commands)
     _add_token(commands)
+    _add_purge(commands)
     return parser
 
 
@@ -117,6 +118,19 @@ def _add_token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     token.set_defaults(command=print_token)
 
 
+def _add_purge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    purge = commands.add_parser(
+        "purge",
+        help="delete every sandbox and image, and all else that the server has made",
+        description="Delete every sandbox and image of HEYVM_DATA_DIR, with whatever else its"
+        " server has made there, in HEYVM_RUN_DIR and on this machine: nftables rules, cgroups,"
+        " reserved ids. For the user that the server ran as, once it is stopped. Without --yes it"
+        " only says what would go.",
+    )
+    purge.add_argument("--yes", action="store_true", help="do it")
+    purge.set_defaults(command=purge_all)
+
+
 def serve(options: argparse.Namespace) -> int:
     """Become gunicorn. Does not return unless that fails."""
     # `app` and `wsgi` are found from here, whatever lies in the directory that it was called in.
@@ -132,6 +146,13 @@ def diagnose(options: argparse.Namespace) -> int:
     from heyvm import doctor, settings
 
     return doctor.run(settings.from_env(os.environ), as_json=options.json)
+
+
+def purge_all(options: argparse.Namespace) -> int:
+    """`heyvm purge`"""
+    from heyvm import purge, settings
+
+    return purge.run(settings.from_env(os.environ), sure=options.yes)
 
 
 def print_token(options: argparse.Namespace) -> int:

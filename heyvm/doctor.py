@@ -35,7 +35,6 @@ ENOUGH_BYTES = 1024**3
 ENOUGH_INODES = 20_000
 NEWEST_PYTHON = (3, 13)
 IDMAPPED_OVERLAY = (5, 19)  # overlayfs takes idmapped layers from there
-LAUNCHER_END_S = 2.0
 USERNS_CURE = "sysctl -w user.max_user_namespaces=15000, and in /etc/sysctl.d to keep it"
 
 APPARMOR_PROFILE = """\
@@ -337,33 +336,12 @@ def _a_server(settings: Settings) -> Iterator[Services]:
 
 
 def _give_back(services: Services) -> None:
-    """Whatever was made or reserved outside of the directories that go."""
-    from heyvm.backends import ranges
-    from heyvm.backends.bubblewrap import Bubblewrap
+    from heyvm import purge
 
-    own = services.settings
-    backend = services.backends[Bubblewrap.name]
-    assert isinstance(backend, Bubblewrap)
     for sandbox_id in services.lifecycle.registry.known_ids():
         with contextlib.suppress(HeyvmError, OSError):
             services.lifecycle.delete(sandbox_id)
-    backend.networks.remove()
-    backend.launcher._forget()  # it ends, and with it what keeps the groups from going
-    _remove_groups(own.mark)
-    if backend.root:
-        with contextlib.suppress(HeyvmError):
-            ranges.release(own.mark)
-
-
-def _remove_groups(mark: str) -> None:
-    from heyvm.backends import cgroups
-
-    places = [place.under(f"heyvm-{mark}") for place in cgroups.hierarchies()]
-    end = time.monotonic() + LAUNCHER_END_S
-    cgroups.remove_tree(mark)
-    while any(map(os.path.exists, places)) and time.monotonic() < end:
-        time.sleep(0.02)
-        cgroups.remove_tree(mark)
+    purge.give_back(services)
 
 
 def _cure_of(error: OSError) -> str:

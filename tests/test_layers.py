@@ -13,7 +13,9 @@ from tests.server import REPOSITORY
 
 # From the top to the bottom; a module may import from its own layer and from those below.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.serving"}),
+    frozenset(
+        {"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.purge", "heyvm.serving"}
+    ),
     frozenset({"app", "heyvm.keeper"}),
     frozenset({"heyvm.api"}),
     frozenset(
