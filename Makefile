@@ -61,7 +61,8 @@ packages:
 test-packages:
 	@deploy/need --or-go-on curl:curl gcc:gcc '/usr/include/*/sys/types.h':libc6-dev \
 		node:nodejs npm:npm docker-registry:docker-registry htpasswd:apache2-utils \
-		mmdebstrap:mmdebstrap /var/lib/dpkg/info/busybox-static.list:busybox-static $$([ "$$(uname -m)" != x86_64 ] || echo /usr/include/x86_64-linux-gnu/gnu/stubs-x32.h:gcc-multilib)
+		mmdebstrap:mmdebstrap iptables:iptables sysctl:procps mkfs.ext4:e2fsprogs \
+		/var/lib/dpkg/info/busybox-static.list:busybox-static $$([ "$$(uname -m)" != x86_64 ] || echo /usr/include/x86_64-linux-gnu/gnu/stubs-x32.h:gcc-multilib)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
