@@ -135,6 +135,37 @@ def peak_kib(server: Server) -> int:
     return sum(int(line.split()[1]) for line in status.splitlines() if b"VmHWM" in line)
 
 
+# Sockets that pick the interface: what the routes refuse is a neighbour to them.
+NEIGHBOURS = """
+import contextlib, socket, time
+end, address = time.monotonic() + 2, 0
+while time.monotonic() < end:
+    address = (address + 1) % 3000
+    for family, one in ((2, f"10.9.{address >> 8}.{address & 255}"), (10, f"fd00:77::{address:x}")):
+        with socket.socket(family, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            sock.sendto(b"x", (one, 9))
+print("done")
+"""
+
+
+def test_many_neighbours_leave_the_machine_room_for_its_own(box: Inside) -> None:
+    """The kernel has one table of them for all namespaces."""
+    before = times_full()
+    assert box.python(NEIGHBOURS)["stdout"] == "done\n"
+    assert times_full() == before
+
+
+def times_full() -> int:
+    """How often there was no room for a neighbour."""
+    found = 0
+    for name in ("arp_cache", "ndisc_cache"):
+        head, *processors = Path("/proc/net/stat", name).read_text().splitlines()
+        column = head.split().index("table_fulls")
+        found += sum(int(line.split()[column], 16) for line in processors)
+    return found
+
+
 # --- over HTTP ------------------------------------------------------------------------------------
 
 QUICK_S = 15.0  # a worker that does nothing else for 60 s is killed, with all that it serves

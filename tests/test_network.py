@@ -250,6 +250,7 @@ tried("raw", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
 tried("raw6", lambda: socket.socket(socket.AF_INET6, socket.SOCK_RAW, 58))
 tried("packet", lambda: socket.socket(17, socket.SOCK_RAW, 0x300))
 tried("netfilter", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12))
+tried("the host's devices", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15))
 def told(kind, flags, body):
     s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
     s.send(struct.pack("IHHII", 16 + len(body), kind, flags | 5, 1, 0) + body)
@@ -267,7 +268,7 @@ for path in ("ip_forward", "conf/all/accept_redirects", "ip_unprivileged_port_st
     tried(path, lambda: open("/proc/sys/net/ipv4/" + path, "w").write("1"))
 """
     got = inside(sandbox(network=network), 'python3 -c "$P"', env={"P": program})
-    assert "DONE" not in got["stdout"] and got["stdout"].count("refused") == 11, got
+    assert "DONE" not in got["stdout"] and got["stdout"].count("refused") == 12, got
 
 
 def test_abstract_sockets_of_the_host_are_not_seen(lab, sandbox, inside):

@@ -110,6 +110,27 @@ def test_another_resolver_is_asked_when_the_host_has_another(lab, http, sandbox,
     )
 
 
+QUESTIONS = """
+import socket
+for port in range(20000, 26200):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("", port))
+        for number in (1, 2, 3):
+            sock.sendto(b"?", (f"198.18.0.{number}", 53))
+"""
+
+
+@root_only
+def test_questions_do_not_fill_the_hosts_table_of_connections(lab, http, sandbox):
+    if lab.uid:
+        pytest.skip("pasta's are sockets of the user's")
+    lab.set_resolver("127.0.0.2")
+    ref = sandbox()["id"]
+    execute(http, ref, "/usr/bin/python3", "-I", "-c", QUESTIONS)
+    with open("/proc/sys/net/netfilter/nf_conntrack_count") as file:  # of the lab's host
+        assert 1000 < int(file.read()) < network.MOST_FLOWS + 1000
+
+
 @root_only
 @BOTH
 def test_a_host_without_ipv6_gives_none(uid):

@@ -316,9 +316,8 @@ def furnish_inside(spec: Spec, inside: Netlink, index: int) -> None:
 
 
 def ask_for_no_neighbour(families: Iterable[str]) -> None:
-    """Both ends know each other. The kernel's table of neighbours is one for the whole machine (1024
-    of them): those that a socket bound to the interface is after would fill it, were they waited
-    for."""
+    """Both ends know each other. The kernel's table of neighbours (1024) is one for all namespaces:
+    those that a socket bound to the interface looks for would fill it, were they waited for."""
     for family in families:
         for name in ("mcast_solicit", "app_solicit"):
             with open(f"/proc/sys/net/ipv{family}/neigh/{INSIDE}/{name}", "w") as file:

@@ -348,10 +348,11 @@ class Table:
         ]
         outgoing = [
             "ct state invalid drop",
-            f"ct state new add @flows {{ iifname ct count over {MOST_FLOWS} }} drop",
+            too_many,
             "tcp flags syn tcp option maxseg size set rt mtu",
             *translated,
             f'iifname "{self.ours}d*" jump default_rules',
+        too_many = f"ct state new add @flows {{ iifname ct count over {MOST_FLOWS} }} drop"
             "iifname vmap @own",
             "drop",
         ]
@@ -381,7 +382,7 @@ class Table:
             ),
             "input": (
                 hook % ("filter", "input", 0),
-                [*(f"iifname {ours} {rule}" for rule in translated), f"iifname {ours} drop"],
+                [f"iifname {ours} {rule}" for rule in (too_many, *translated, "drop")],
             ),
             "forward": (
                 hook % ("filter", "forward", 0),

@@ -155,9 +155,10 @@ TTY_INJECTION = (
 # starts) and "tell me". READ_IMPLIES_EXEC and the personalities of other systems stay out.
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0x40000, 0xFFFFFFFF)
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
-# ROUTE, SOCK_DIAG (ss) and KOBJECT_UEVENT. The rest gets the answer of a kernel without them,
-# which libaudit (useradd, sudo) takes for "no audit here" while an EPERM stops it.
-NETLINK_PROTOCOLS = (0, 4, 15)
+# ROUTE and SOCK_DIAG (ss). The rest gets the answer of a kernel without them, which libaudit
+# (useradd, sudo) takes for "no audit here" while an EPERM stops it. KOBJECT_UEVENT would tell of
+# every device of the host's: the namespace of a network is the host's own, where root runs us.
+NETLINK_PROTOCOLS = (0, 4)
 S_ISUID, S_ISGID = 0o4000, 0o2000
 O_CREAT, O_TMPFILE = 0o100, 0o20000000  # the bit of O_TMPFILE that is not O_DIRECTORY
 SYS_SOCKET, SYS_SOCKETPAIR = 1, 8  # socketcall's own numbers, linux/net.h
