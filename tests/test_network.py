@@ -543,3 +543,36 @@ def test_a_pasta_whose_sandbox_was_killed_is_found(pastas, sandbox, server):
         if record["id"].encode() in command_line(pid):
             os.kill(pid, signal.SIGKILL)
     wait_until(lambda: pastas(record) == [], "swept", timeout=10)
+
+
+# --- taking it back -----------------------------------------------------------------------------
+
+SWITCHES = (
+    *("net.ipv4.conf.eth0.forwarding", "net.ipv6.conf.all.forwarding"),
+    "net.ipv6.conf.eth0.accept_ra",
+)
+
+
+def test_forwarding_is_as_it_was_when_the_last_table_is_gone():
+    with netlab.Lab() as lab:
+        lab.sysctl(lab.host_name, "net.ipv6.conf.eth0.accept_ra=1")
+
+        def found():
+            return lab.run(lab.host_name, "sysctl", "-n", *SWITCHES).split()
+
+        assert found() == ["0", "0", "1"]
+        with lab.host(), LabServer(lab) as server, LabServer(lab) as other:
+            for one in (server, other):
+                with one.http() as http:
+                    assert http.post("/sandboxes", json={}).status_code == 201
+            assert found() == ["1", "1", "2"]
+            server.delete_all()
+            other.delete_all()
+            other.stop()
+            other.table().remove()
+            assert found() == ["1", "1", "2"]  # the first still needs it
+            server.stop()
+            server.table().remove()
+            assert found() == ["0", "0", "1"]
+            server.start()
+            other.start()

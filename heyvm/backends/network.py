@@ -31,6 +31,7 @@ KEPT_ADDRESSES = 8  # of the subnet: those at which DNS answers, and room for mo
 MOST_RESOLVERS = 3  # resolv.conf(5), MAXNS
 MOST_FLOWS = 16384  # of one sandbox; the kernel's table of them is the whole machine's
 TOOL_TIMEOUT_S = 20.0
+FORWARDING6 = "ipv6/conf/all/forwarding"
 PATHS = "/usr/sbin:/usr/bin:/sbin:/bin"
 ULA = "fd68::/16"  # the sandboxes' own IPv6 addresses, of every server: fd68:<mark>::/48
 # Written out: what the standard library calls private holds 192.0.2.0/24, 198.51.100.0/24 and
@@ -240,6 +241,11 @@ class Ruleset:
                 return False
             raise
 
+    def tables(self) -> list[str]:
+        """The names of all tables of the family inet."""
+        found = self._ask(self.GETTABLE, b"", self.INET, netns.NLM_F_DUMP)
+        return [netns.attributes(one[4:])[1].rstrip(b"\0").decode() for one in found]
+
     def chains(self, table: str) -> list[str]:
         """The names of a table's chains."""
         found = []
@@ -346,13 +352,13 @@ class Table:
         translated = [
             f"ct status dnat ct original {family} daddr {own} accept" for family, own in answered
         ]
+        too_many = f"ct state new add @flows {{ iifname ct count over {MOST_FLOWS} }} drop"
         outgoing = [
             "ct state invalid drop",
             too_many,
             "tcp flags syn tcp option maxseg size set rt mtu",
             *translated,
             f'iifname "{self.ours}d*" jump default_rules',
-        too_many = f"ct state new add @flows {{ iifname ct count over {MOST_FLOWS} }} drop"
             "iifname vmap @own",
             "drop",
         ]
@@ -416,15 +422,18 @@ class Table:
     def _old_interfaces(self) -> list[str]:
         """Those that there were when we turned on IPv6 forwarding: it has one switch for all, which
         does not tell who has turned it."""
+        return list(self._remembered().get("interfaces", ()))
+
+    def _remembered(self) -> dict[str, Any]:
         try:
-            kept = json.loads(self._kept.read_text())
+            kept: dict[str, Any] = json.loads(self._kept.read_text())
         except (OSError, ValueError):
-            return []
-        return list(kept["interfaces"]) if kept["boot"] == pids.boot_id() else []
+            return {}
+        return kept if kept["boot"] == pids.boot_id() else {}
 
     def write(self) -> None:
         """Put it there as it should be; twice is fine, and so is anybody else who does it too."""
-        self._remember_interfaces()
+        self._remember()
         text = self.text()
         nft = tool("nft") or "nft"
         try:
@@ -438,33 +447,51 @@ class Table:
         self._forward()
         pass_iptables(self.ours)
 
-    def _remember_interfaces(self) -> None:
-        if uplink6() is None or read("/proc/sys/net/ipv6/conf/all/forwarding").strip() != "0":
+    def _remember(self) -> None:
+        """What is about to be switched, and how it was before the first time."""
+        switches = self._switches()
+        if not switches:
             return
-        names = [name for _, name in socket.if_nameindex() if re.fullmatch(r"[\w.@-]+", name)]
-        kept = {
-            "boot": pids.boot_id(),
-            "interfaces": [one for one in names if not one.startswith(("h", "lo"))],
-        }
+        kept = {"interfaces": [], "switches": {}} | self._remembered() | {"boot": pids.boot_id()}
+        if FORWARDING6 in switches:
+            names = [name for _, name in socket.if_nameindex() if re.fullmatch(r"[\w.@-]+", name)]
+            kept["interfaces"] = [one for one in names if not one.startswith(("h", "lo"))]
+        kept["switches"] = {name: setting(name) for name in switches} | kept["switches"]
         self._kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._kept.with_suffix(f".{os.getpid()}")
         new.write_text(json.dumps(kept))
         new.rename(self._kept)
 
-    def _forward(self) -> None:
-        """IPv4 knows forwarding by interface, so the machine's own switch stays as it is. With the
-        rules in place first: at no moment is the machine a router for others."""
-        if read("/proc/sys/net/ipv4/ip_forward").strip() == "0":
-            for name in os.listdir("/proc/sys/net/ipv4/conf"):
-                if name not in ("all", "default", "lo") and not name.startswith("h"):
-                    switch(f"ipv4/conf/{name}/forwarding", "1")
-        if uplink6() is None or read("/proc/sys/net/ipv6/conf/all/forwarding").strip() != "0":
-            return
-        for name in os.listdir("/proc/sys/net/ipv6/conf"):
+    def _switches(self) -> dict[str, str]:
+        """What has to be switched for packets to be passed on. IPv4 knows that by interface, so the
+        machine's own switch stays as it is."""
+        found = {}
+        if setting("ipv4/ip_forward") == "0":
+            names = [
+                f"ipv4/conf/{one}/forwarding"
+                for one in os.listdir("/proc/sys/net/ipv4/conf")
+                if one not in ("all", "default", "lo") and not one.startswith("h")
+            ]
+            found = {name: "1" for name in names if setting(name) == "0"}
+        if uplink6() is not None and setting(FORWARDING6) == "0":
             # A host that forwards ignores router advertisements, its own default route's too.
-            if read(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").strip() == "1":
-                switch(f"ipv6/conf/{name}/accept_ra", "2")
-        switch("ipv6/conf/all/forwarding", "1")
+            names = [f"ipv6/conf/{one}/accept_ra" for one in os.listdir("/proc/sys/net/ipv6/conf")]
+            found |= {name: "2" for name in names if setting(name) == "1"}
+            found[FORWARDING6] = "1"
+        return found
+
+    def _forward(self) -> None:
+        """With the rules in place first: at no moment is the machine a router for others."""
+        for name, value in self._switches().items():
+            switch(name, value)
+
+    def _set_back(self) -> None:
+        """Whoever has since turned on all of IPv4's forwarding needs that of each interface."""
+        switches = self._remembered().get("switches", {})
+        for name, value in reversed(switches.items()):
+            if name.startswith("ipv6/") or setting("ipv4/ip_forward") == "0":
+                switch(name, value)
+        self._kept.unlink(missing_ok=True)
 
     def is_there(self) -> bool:
         with contextlib.closing(Ruleset()) as ruleset:
@@ -535,7 +562,7 @@ class Table:
             )
 
     def remove(self) -> None:
-        """Take everything back but forwarding, which others may have come to need."""
+        """Take everything back; forwarding where no other server's table is there."""
         if self.is_there():
             run(tool("nft") or "nft", "delete", "table", "inet", self.name)
         pass_iptables(self.ours, remove=True)
@@ -547,6 +574,14 @@ class Table:
                     netlink.tell((netns.RTM_DELLINK, 0, body))
         finally:
             netlink.close()
+        with contextlib.closing(Ruleset()) as ruleset:
+            others = any(name.startswith("heyvm_") for name in ruleset.tables())
+        if not others:
+            self._set_back()
+
+
+def setting(name: str) -> str:
+    return read(f"/proc/sys/net/{name}").strip()
 
 
 def switch(name: str, value: str) -> None:
