@@ -204,10 +204,10 @@ class Lab:
     def on_host(self) -> list[str]:
         """What a command is begun with that is started in `host()`, so that it sees the lab's
         resolv.conf, a /dev/net/tun as distributions have it, and otherwise the machine as it is."""
-        if not os.path.exists(self.tun):
-            subprocess.run(("mknod", "-m", "666", self.tun, "c", "10", "200"), check=True)
         binds = f"mount --bind /etc/netns/{self.host_name}/resolv.conf /etc/resolv.conf && "
-        if os.path.exists("/dev/net/tun"):
+        if os.path.exists("/dev/net/tun") and os.stat("/dev/net/tun").st_mode & 0o666 != 0o666:
+            if not os.path.exists(self.tun):
+                subprocess.run(("mknod", "-m", "666", self.tun, "c", "10", "200"), check=True)
             binds += f"mount --bind {self.tun} /dev/net/tun && "
         return ["unshare", "--mount", "sh", "-c", f'{binds}exec "$@"', "sh"]
 

@@ -244,7 +244,9 @@ def test_where_the_group_takes_nobody_sandboxes_run_without_limits_and_say_so():
 def test_pasta_is_in_the_sandboxs_group_also_one_that_came_later():
     with given_away() as found, Lab() as lab, lab.host():
         with LabServerInGroup(lab, found) as server, server.http() as http:
-            ref = http.post("/sandboxes", json={}).json()["id"]
+            record = http.post("/sandboxes", json={}).json()
+            assert "network" not in " ".join(record["warnings"]), record["warnings"]
+            ref = record["id"]
             title = f"heyvm-pasta:{server.mark}:{ref}:".encode()
 
             def pastas():
