@@ -521,6 +521,7 @@ class Lifecycle:
 
     def _run_hook(self, sandbox: Sandbox, number: int, hook: str) -> None:
         log.debug("setup hook %d of %s", number, sandbox.id)
+        self._tell(sandbox, f"setup hook {number} of {len(sandbox.setup_hooks)}")
         with self.backend_of(sandbox).connect(sandbox) as connection:
             result = guest.execute(
                 connection,

@@ -447,6 +447,7 @@ class Registry:
         """Nothing of it runs any more, as was asked. None if its end is wanted."""
         return self._change(
             "status = 'stopped', status_changed_at = :now, started_at = NULL, wanted = NULL,"
+            " status_detail = NULL,"
             f" error_message = coalesce(:message, error_message), {_CLOCK_STOPS}",
             "(wanted IS NULL OR wanted = 'stopped')",
             sandbox_id,

@@ -111,3 +111,19 @@ def test_a_second_create_needs_no_registry(http: Session, sandbox: Create) -> No
     began = time.monotonic()
     assert sandbox(image=name)["image_resolved"].startswith("sha256:")
     assert time.monotonic() - began < 10
+
+
+def test_the_record_tells_which_setup_hook_runs(http: Session) -> None:
+    made = http.post(
+        "/sandboxes",
+        json={"setup_hooks": ["true", "sleep 600"]},
+        headers={"Prefer": "respond-async"},
+    ).json()
+    place = f"/sandboxes/{made['id']}"
+    try:
+        wait_until(
+            lambda: http.get(place).json()["status_detail"] == "setup hook 2 of 2", "it is told"
+        )
+        assert http.post(f"{place}/force-stop").json()["status_detail"] is None
+    finally:
+        http.delete(place)
