@@ -30,7 +30,8 @@ METADATA6 = ("fd00:ec2::254", "fd20:ce::254")
 PRIVATE6 = ("fd12:3456::1", "64:ff9b::a01:203", "2002:a01:203::1", "64:ff9b:1::1")
 
 # Answers on every address and the ports that count: TCP and UDP with the address it was reached at,
-# port 53 as a DNS server that says 203.0.113.7 to every question.
+# port 53 as a DNS server that says 203.0.113.7 to every question, and 10.1.2.3 to one for
+# 10-1-2-3.test.
 LISTENER = r"""
 import os, select, socket, sys, threading
 def answer(query, tcp=False):
@@ -40,6 +41,8 @@ def answer(query, tcp=False):
     question = query[12:end + 5]
     kind = int.from_bytes(question[-4:-2], "big")
     data = socket.inet_aton("203.0.113.7")
+    label = query[13:13 + query[12]].decode("latin-1").replace("-", ".")
+    if label.count(".") == 3: data = socket.inet_aton(label)
     count = b"\0\1" if kind == 1 else b"\0\0"
     record = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4" + data if kind == 1 else b""
     return query[:2] + b"\x81\x80\0\1" + count + b"\0\0\0\0" + question + record

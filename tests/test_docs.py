@@ -86,6 +86,22 @@ def test_links_within_the_repository_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_every_test_that_a_promise_names_is_there() -> None:
+    tests = REPOSITORY / "tests"
+    there = {
+        name
+        for module in tests.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", module.read_text(), re.M)
+    }
+    text = (REPOSITORY / "docs" / "isolation.md").read_text()
+    named = re.findall(r"`(test_\w+)`", text)
+    files = re.findall(r"`(tests/[\w.]+)`", text)
+
+    assert len(named) > 50
+    assert [one for one in named if one not in there] == []
+    assert [one for one in files if not (REPOSITORY / one).exists()] == []
+
+
 def test_the_changelog_has_the_version() -> None:
     assert f"## {__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
 
