@@ -40,17 +40,30 @@ def run(settings: Settings, *, sure: bool) -> int:
             f"this would delete {len(sandboxes)} sandboxes, {len(images)} images and what else a"
             f" server has made in {settings.data_dir} and {settings.run_dir}: say --yes"
         )
+    try:
+        _delete(services, sandboxes)
+        give_back(services)
+        services.lifecycle.registry.close()
+        _remove(settings.run_dir, MADE_TO_RUN)
+        if settings.run_dir.name == settings.mark:  # the default, in a directory made for it
+            _remove(settings.run_dir.parent, ())
+        _remove(settings.data_dir, (*MADE, LOCK_NAME))
+    except HeyvmError as wrong:
+        return _refuse(f"{wrong.detail}; the rest is as it was: call it again")
+    except OSError as error:
+        return _refuse(f"{error}; the rest is as it was: call it again")
+    return 0
+
+
+def _delete(services: Services, sandboxes: frozenset[str]) -> None:
     for number, sandbox_id in enumerate(sorted(sandboxes), 1):
         print(f"deleting sandbox {number} of {len(sandboxes)} ...", file=sys.stderr)
         services.lifecycle.delete(sandbox_id)
     services.images.prune()
-    give_back(services)
-    services.lifecycle.registry.close()
-    _remove(settings.run_dir, MADE_TO_RUN)
-    if settings.run_dir.name == settings.mark:  # the default, in a directory made for it
-        _remove(settings.run_dir.parent, ())
-    _remove(settings.data_dir, (*MADE, LOCK_NAME))
-    return 0
+    services.images.sweep()
+    known = services.lifecycle.registry.known_ids()
+    for backend in services.backends.values():
+        backend.sweep(backend.inventory() - known)  # what a crash left, with the ids that it has
 
 
 def give_back(services: Services) -> None:

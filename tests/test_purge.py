@@ -26,6 +26,10 @@ def test_purge_leaves_nothing(user: int | None) -> None:
         busy = heyvm("purge", "--yes", user=user, **environ)
         assert (busy.returncode, "stop it first" in busy.stderr) == (1, True)
         server.stop()
+        half_gone = server.data_dir / "trash" / "half"
+        half_gone.mkdir()
+        if user is not None:
+            os.chown(half_gone, user, user)
         asked = heyvm("purge", user=user, **environ)
         assert (asked.returncode, "1 sandboxes" in asked.stderr) == (1, True)
         assert server.sandbox_pids()
