@@ -97,8 +97,6 @@ def main(text: str) -> int:
     job = json.loads(text)
     KEPT.extend((job["lock"], os.dup(1)))
     threading.Thread(target=end_with_caller, daemon=True).start()
-    with contextlib.suppress(OSError):
-        os.nice(5)  # requests come first
     try:
         tell(done=pull(job) if job["op"] == "pull" else take(job))
     except Refused as why:

@@ -12,13 +12,23 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server import ORDINARY, Server, Session, read_bytes, wait_until
+from tests.server import (
+    ORDINARY,
+    Server,
+    Session,
+    all_pids,
+    command_line,
+    parent_of,
+    read_bytes,
+    wait_until,
+)
 
 ANN = 23456  # an ordinary user of the host, whose directory a sandbox is shown
 BOB = 23457  # an ordinary user of the host, who has nothing to do with the server
@@ -211,6 +221,27 @@ def test_complaints_about_a_list_are_few(http: Session) -> None:
     answer = http.post("/sandboxes", json={"setup_hooks": [1] * 10_000})
     assert answer.status_code == 422
     assert len(answer.json()["errors"]) == 20
+
+
+def test_pulls_leave_the_processor_to_requests(own: Server) -> None:
+    """Fifty at once held up everybody for seconds."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        body = {"image": f"127.0.0.1:{silent.getsockname()[1]}/some/name"}
+        pull = threading.Thread(target=lambda: own.http().post("/images/pull", json=body))
+        pull.start()
+        wait_until(lambda: [os.getpriority(os.PRIO_PROCESS, one) for one in pulling(own)] == [15],
+                   "it is pulled, behind all else")  # fmt: skip
+    pull.join()
+    assert pulling(own) == []
+
+
+def pulling(server: Server) -> list[int]:
+    """The processes that bring in images."""
+    workers = server.worker_pids()
+    found = [pid for pid in all_pids() if b"heyvm/oci.py" in command_line(pid)]
+    return [pid for pid in found if parent_of(pid) in workers]
 
 
 # --- other users of the machine -------------------------------------------------------------------
