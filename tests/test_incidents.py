@@ -52,7 +52,7 @@ def test_an_image_cannot_begin_in_a_directory_of_the_hosts(
             done = http.post(f"/sandboxes/{made['id']}/execute", json={"command": "ls -a ."})
             assert done.status_code == 422 or done.json()["exit_code"] != 0, (place, done.text)
         else:
-            assert answer.status_code in (409, 422), answer.text
+            assert 400 <= answer.status_code < 500, answer.text
         if "id" in made:
             assert http.delete(f"/sandboxes/{made['id']}").status_code == 204
 
