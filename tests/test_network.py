@@ -566,6 +566,8 @@ def test_forwarding_is_as_it_was_when_the_last_table_is_gone():
                 with one.http() as http:
                     assert http.post("/sandboxes", json={}).status_code == 201
             assert found() == ["1", "1", "2"]
+            lab.sysctl(lab.host_name, f"{SWITCHES[0]}=0", f"{SWITCHES[1]}=0")
+            wait_until(lambda: found() == ["1", "1", "2"], "the keepers have seen it", timeout=6)
             server.delete_all()
             other.delete_all()
             other.stop()

@@ -302,6 +302,7 @@ class Table:
         self._kept = run_dir / "forwarding.json"
         self._checked = False
         self._written: str | None = None
+        self._stuck: dict[str, str] = {}  # what cannot be switched here
         self._seen: tuple[bytes, str] | None = None
 
     @staticmethod
@@ -484,6 +485,7 @@ class Table:
         """With the rules in place first: at no moment is the machine a router for others."""
         for name, value in self._switches().items():
             switch(name, value)
+        self._stuck = self._switches()
 
     def _set_back(self) -> None:
         """Whoever has since turned on all of IPv4's forwarding needs that of each interface."""
@@ -514,10 +516,13 @@ class Table:
         with contextlib.closing(Ruleset()) as ruleset:
             generation = ruleset.generation()
         text = self.text()
-        if self._seen is not None and text == self._written and self._seen[0] == generation:
+        # An interface may have come, and `sysctl --system` sets others back.
+        same = text == self._written and self._switches() == self._stuck
+        seen = self._seen if same else None
+        if seen is not None and seen[0] == generation:
             return False
         listing = self._listing()
-        if self._seen is not None and text == self._written and self._seen[1] == listing:
+        if seen is not None and seen[1] == listing:
             self._seen = (generation, listing)
             pass_iptables(self.ours)
             return False
