@@ -145,6 +145,20 @@ def peak_kib(server: Server) -> int:
     return sum(int(line.split()[1]) for line in status.splitlines() if b"VmHWM" in line)
 
 
+def test_nothing_is_loaded_into_pid_1_beforehand(box: Inside) -> None:
+    """As ld.so(8) does with whatever it starts; what an image names may not even fit."""
+    box.run("find /usr/lib -name libbz2.so.1.0 | head -1 > /etc/ld.so.preload")
+    try:
+        assert "libbz2" in box.run("cat /proc/self/maps")["stdout"]
+        for act in ("stop", "start"):
+            assert box.http.post(f"{box.path}/{act}").status_code == 200
+        maps = [read_bytes(f"/proc/{pid}/maps") for pid in box.server.sandbox_pids()]
+        assert any(b"/.heyvm/lib" in one or b"python3" in one for one in maps)
+        assert not any(b"libbz2" in one for one in maps)
+    finally:
+        box.run("rm /etc/ld.so.preload")
+
+
 # Sockets that pick the interface: what the routes refuse is a neighbour to them.
 NEIGHBOURS = """
 import contextlib, socket, time

@@ -34,6 +34,7 @@ LOADERS = {
     "x86_64": "/lib64/ld-linux-x86-64.so.2",
     "aarch64": "/lib/ld-linux-aarch64.so.1",
 }
+PRELOAD = (b"/etc/ld.so.preload\0", b"/.heyvm/no.preload\0")
 # What the interpreter or the standard library may import on the agent's behalf: an encoding, say.
 LAZY = ("encodings.ascii", "encodings.latin_1", "encodings.utf_8", "os", "stat")
 STALE_S = 60.0
@@ -211,7 +212,8 @@ def _loader() -> str:
 def _argv(prefix: str, loader: str, code: str) -> tuple[str, ...]:
     name = os.path.basename(loader)
     library = f"{prefix}/lib"
-    start = (f"{library}/{name}", "--library-path", library, f"{prefix}/python3")
+    own = ("--inhibit-cache", "--library-path", library)
+    start = (f"{library}/{name}", *own, f"{prefix}/python3")
     return (*start, *OPTIONS, "-c", code)
 
 
@@ -324,7 +326,7 @@ def _build(path: Path, loader: str) -> None:
             _copy(file, library / "lib-dynload" / os.path.basename(file), 0o444)
         for name, file in _libraries(loader, [interpreter.path, *extensions]).items():
             _copy(file, made / "lib" / name, 0o444)
-        _copy(loader, made / "lib" / os.path.basename(loader), 0o555)
+        _copy_loader(loader, made / "lib" / os.path.basename(loader))
         _try(made, loader)
         flush(made)
         _close(made, loader)
@@ -453,6 +455,13 @@ def _libraries(loader: str, programs: Iterable[str]) -> dict[str, str]:
 def _copy(source: str, target: Path, mode: int) -> None:
     shutil.copyfile(source, target)
     os.chmod(target, mode)
+
+
+def _copy_loader(source: str, target: Path) -> None:
+    """It loads what /etc/ld.so.preload names into every program (ld.so(8)), whatever it is told: in
+    pid 1 that would be the sandbox's own code. This one looks where there never is such a file."""
+    target.write_bytes(Path(source).read_bytes().replace(*PRELOAD))
+    os.chmod(target, 0o555)
 
 
 def _try(made: Path, loader: str) -> None:
