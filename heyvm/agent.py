@@ -797,8 +797,11 @@ class Agent:
         self.environment = {"env": request.get("env", {})}
         connection.on_frame = no_more
         connection.on_gone = give_up if number(request, "visit", 0) else None
+        directory = octets(request, "working_directory", b"")
         try:
-            make_directories(octets(request, "working_directory", b""))
+            if magic(directory):
+                raise NotADirectoryError(20, "it goes through a process's entry in /proc")
+            make_directories(directory)
         except OSError as error:
             connection.send(frames.header(problem(error)))
         else:

@@ -272,7 +272,11 @@ def go(
     fields: dict[str, frames.Writable] = {"op": "go", "env": dict(env), "visit": int(visit)}
     talk = Conversation(sock)
     talk.ask({**fields, "working_directory": working_directory})
-    talk.answer(Subject("the working directory", "working_directory"))
+    try:
+        talk.answer(Subject(f"working directory {working_directory!r}", "working_directory"))
+    except (NotFound, Conflict, BadRequest) as error:
+        complaint = f"it cannot be had in the sandbox: {error.detail}"
+        raise Invalid(complaint, errors={"working_directory": [complaint]}) from None
 
 
 def start_command(

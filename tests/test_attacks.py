@@ -327,3 +327,18 @@ def test_a_line_break_hides_no_listening_socket(http: Session, shared: Path) -> 
         answer = http.post("/sandboxes", json={"mounts": [mount]})
     assert answer.status_code == 422
     assert "door" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/passwd/below", "/proc/1/cwd"])
+def test_a_working_directory_that_cannot_be_is_a_422_that_leaves_nothing(
+    path: str, server: Server
+) -> None:
+    with server.http() as http:
+        before = {one["id"] for one in http.get("/sandboxes?status=all").json()}
+        answer = http.post("/sandboxes", json={"working_directory": path, "network": "none"})
+        assert answer.status_code == 422, answer.text
+        assert list(answer.json()["errors"]) == ["working_directory"]
+        for left in http.get("/sandboxes?status=all").json():
+            if left["id"] not in before:
+                assert left["status"] == "failed"
+                http.delete(f"/sandboxes/{left['id']}")
