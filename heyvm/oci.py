@@ -973,13 +973,14 @@ def failure(job: Json, command: Sequence[str], text: str, code: int) -> Refused:
 
 # What skopeo (containers/image) says, in the order in which it counts.
 SAYINGS = (
+    ("invalid", r"did not match|corrupt"),
     ("invalid", r"x509|tls: |gave HTTP response to HTTPS"),
     ("invalid", r"incorrect username or password|unable to retrieve auth token|invalid username"),
     ("missing", r"manifest unknown|name unknown|repository name not known|not found|status 404"),
     ("missing", r"no such host|connection refused|no route to host|network is unreachable"),
     ("missing", r"i/o timeout|deadline exceeded|TLS handshake timeout|server misbehaving"),
     ("unavailable", r"toomanyrequests|too many requests|status(?: code)?:? (?:429|5[0-9][0-9])"),
-    ("unavailable", r"connection reset|unexpected EOF|broken pipe|: EOF|502|503|504"),
+    ("unavailable", r"connection reset|unexpected EOF|broken pipe|: EOF"),
 )
 # The hub says the same of what does not exist and of what one may not see.
 HUBS_NO = r"requested access to the resource is denied|authentication required"

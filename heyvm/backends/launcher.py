@@ -898,9 +898,10 @@ class Forks:
 
     def __init__(self, control: socket.socket, parents: list[str]) -> None:
         self.control, self.parents = control, parents
-        self.spare = Spare(parents, control) if parents else None
+        self.spare: Spare | None = Spare(parents, control) if parents else None
 
     def serve(self, data: bytes, say: int) -> None:
+        """Have it done, and close `say`."""
         spec = json.loads(data)
         try:
             if "cgroups" in spec and self.parents:
@@ -911,6 +912,12 @@ class Forks:
                 self.fork(os.fork(), spec, say)
         except OSError as error:
             os.write(say, b"E0 its cgroup: " + repr(error).encode())
+        finally:
+            # Before there is another spare, which would hold it: that the box was killed is told by
+            # its end alone.
+            os.close(say)
+        if self.parents and self.spare is None:
+            self.spare = Spare(self.parents, self.control)
 
     def fork(self, pid: int, spec: Spec, say: int) -> None:
         if pid == 0:
@@ -918,13 +925,13 @@ class Forks:
             serve(spec, say)
 
     def hand_on(self, data: bytes, say: int) -> None:
-        assert self.spare is not None
+        spare, self.spare = self.spare, None
         try:
-            self.spare.give(data, say)
+            if spare is None:
+                raise BrokenPipeError
+            spare.give(data, say)
         except OSError:  # somebody has killed it
-            self.spare = Spare(self.parents, self.control)
-            self.spare.give(data, say)
-        self.spare = Spare(self.parents, self.control)
+            Spare(self.parents, self.control).give(data, say)
 
 
 def main() -> None:
@@ -947,7 +954,6 @@ def main() -> None:
     while (request := receive(sock)) is not None:
         data, say = request
         forks.serve(data, say)
-        os.close(say)
     if forks.spare is not None:
         forks.spare.end()
     leave_cgroups(groups["leaves"], groups["spares"])
