@@ -6,10 +6,12 @@ several.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import tempfile
 import threading
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from heyvm.backends import netns
 from tests.server import (
     ORDINARY,
     Server,
@@ -342,3 +345,26 @@ def test_a_working_directory_that_cannot_be_is_a_422_that_leaves_nothing(
             if left["id"] not in before:
                 assert left["status"] == "failed"
                 http.delete(f"/sandboxes/{left['id']}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="of a root server's networks")
+def test_a_sandboxs_network_does_not_grow_with_the_number_of_others(server: Server) -> None:
+    """The 168th sandbox could not be started: each knew of the ends of all others' interfaces."""
+    with server.http() as http:
+        made = [http.post("/sandboxes", json={"network": "egress"}).json()["id"] for _ in range(3)]
+        count = {"command": "wc -l < /proc/net/route; wc -l < /proc/net/ipv6_route"}
+        seen = {http.post(f"/sandboxes/{ref}/execute", json=count).json()["stdout"] for ref in made}
+        for ref in made:
+            http.delete(f"/sandboxes/{ref}")
+    assert len(seen) == 1, seen
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="asks to remove interfaces")
+def test_any_number_of_netlink_messages_is_answered() -> None:
+    nobody = struct.pack("BxHiII", 0, 0, 0, 0, 0) + netns.attribute(3, "hv-nobody")
+    netlink = netns.Netlink()
+    try:
+        answers = netlink.tell(*[(17, 0, nobody)] * 3000)
+    finally:
+        netlink.close()
+    assert answers == [errno.ENODEV] * 3000

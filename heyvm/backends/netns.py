@@ -46,6 +46,9 @@ Spec = dict[str, Any]
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+AT_ONCE = 64
+
+
 class Netlink:
     """One netlink socket, of the network namespace in which it is made."""
 
@@ -65,7 +68,14 @@ class Netlink:
         return int(struct.unpack_from("I", fcntl.ioctl(self._sock, SIOCGIFINDEX, request), 16)[0])
 
     def tell(self, *messages: tuple[int, int, bytes]) -> list[int]:
-        """Send `(type, flags, body)` at once; the errno of each, 0 where it was done."""
+        """Send `(type, flags, body)`; the errno of each, 0 where it was done."""
+        told: list[int] = []
+        # Not all at once: the socket has room for so many answers (socket(7), SO_RCVBUF).
+        for at in range(0, len(messages), AT_ONCE):
+            told += self._tell(*messages[at : at + AT_ONCE])
+        return told
+
+    def _tell(self, *messages: tuple[int, int, bytes]) -> list[int]:
         first = self._number + 1
         data = b"".join(self._packed(*one) for one in messages)
         self._sock.send(data)

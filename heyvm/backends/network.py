@@ -833,6 +833,8 @@ class Networks:
         dns = self.table.dns()
         up4, up6 = uplink4(), uplink6()
         first = KEPT_ADDRESSES + 2 * slot
+        # Our own ends of pairs are among these, as many as there are sandboxes.
+        closed = [*closed, str(self.table.subnet), ULA]
         host = [as_network(one) for one in addresses()]
         host = [one for one in host if not within(one, closed)]
         return {
@@ -845,7 +847,7 @@ class Networks:
             "address4": str(self.table.subnet[first + 1]),
             "gateway6": str(self.table.prefix6[first]),
             "address6": str(self.table.prefix6[first + 1]) if up6 else None,
-            "closed": list(dict.fromkeys((*closed, *host, str(self.table.subnet), ULA))),
+            "closed": list(dict.fromkeys((*closed, *host))),
             "open4": [one for one in opened if ":" not in one] + [f"{a}/32" for a, _ in dns["ip"]],
             "open6": [one for one in opened if ":" in one] + [f"{a}/128" for a, _ in dns["ip6"]],
             "route_localnet": any(within(asked, ["127.0.0.0/8"]) for _, asked in dns["ip"]),
