@@ -55,7 +55,7 @@ clean:
 
 packages:
 	@deploy/need python3:python3 bwrap:bubblewrap '/usr/lib/*/libseccomp.so.2':libseccomp2
-	@deploy/need --or-go-on skopeo:skopeo umoci:umoci zstd:zstd xz:xz-utils nft:nftables ip:iproute2 \
+	@deploy/need --or-go-on skopeo:skopeo umoci:umoci zstd:zstd xz:xz-utils bzip2:bzip2 nft:nftables ip:iproute2 \
 		pasta:passt newuidmap:uidmap
 
 test-packages:

@@ -166,7 +166,8 @@ class Server:
 
     def sandbox_pids(self) -> list[int]:
         """Processes that see a file system made of something in the data directory."""
-        needle, seen = os.fsencode(self.data_dir), dict[str, bool]()
+        # Not by its whole path: what is mounted from a tmpfs is named from there on.
+        needle, seen = os.fsencode(f"/{self.home.name}/data"), dict[str, bool]()
         own = namespace(os.getpid())
         found = []
         for pid in all_pids():

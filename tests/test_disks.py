@@ -46,7 +46,8 @@ def box(boxes, tiny):
 def loops(home):
     """What loop devices hold that lies below a directory."""
     found = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
-    return [one for one in found if one.startswith(str(home))]
+    needle = f"/{home.name}"  # a backing file on a tmpfs is named from there on
+    return [one for one in found if needle in one]
 
 
 def used(boxes):
