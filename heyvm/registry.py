@@ -142,6 +142,7 @@ _USERS = (
 )
 _BY_ID = f"SELECT {_COLUMNS} FROM sandboxes WHERE id = ? AND deleted_at IS NULL"
 _BY_SLUG = f"SELECT {_COLUMNS} FROM sandboxes WHERE slug = ? AND deleted_at IS NULL"
+_IS_UP = "status IN ('running', 'paused')"  # models.UP
 # Must stay word for word what the index `unsettled` says: SQLite uses it only then.
 _UNSETTLED = (
     "deleted_at IS NULL AND"
@@ -282,7 +283,7 @@ class Registry:
         """Every sandbox that is said to run, or to be paused."""
         rows = self._file.read(
             f"SELECT {_COLUMNS}, wanted, visit, boot_id FROM sandboxes"
-            " WHERE deleted_at IS NULL AND status IN ('running', 'paused')"
+            f" WHERE deleted_at IS NULL AND {_IS_UP}"
         )
         return [self._entry(row) for row in rows]
 
@@ -488,10 +489,7 @@ class Registry:
 
     def expire_due(self) -> Sequence[str]:
         """Mark those whose time is over; their ids. A renewal before wins, one after is refused."""
-        due = (
-            "status IN ('running', 'paused') AND expires_boot <= :boot AND boot_id = :boot_id"
-            " AND deleted_at IS NULL"
-        )
+        due = f"{_IS_UP} AND expires_boot <= :boot AND boot_id = :boot_id AND deleted_at IS NULL"
         times = self._times()
         if not self._file.read(f"SELECT 1 FROM sandboxes WHERE {due} LIMIT 1", times):
             return []
@@ -1103,9 +1101,8 @@ def _enumerated(slugs_: Sequence[str], most: int = 5) -> str:
 def _amendment(renew: bool) -> str:
     counted = (
         ", ttl_left = :ttl_seconds,"
-        " expires_boot = CASE WHEN status IN ('running', 'paused')"
-        " THEN :boot + :ttl_seconds END,"
-        " expires_at = CASE WHEN status IN ('running', 'paused') THEN :now + :ttl_seconds END"
+        f" expires_boot = CASE WHEN {_IS_UP} THEN :boot + :ttl_seconds END,"
+        f" expires_at = CASE WHEN {_IS_UP} THEN :now + :ttl_seconds END"
     )
     return (
         "UPDATE sandboxes SET name = :name, ttl_seconds = :ttl_seconds, spec = :spec,"

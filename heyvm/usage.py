@@ -18,7 +18,7 @@ from heyvm import guest
 from heyvm.backends.base import Backend, Reading
 from heyvm.backends.cgroups import reserve
 from heyvm.errors import HeyvmError
-from heyvm.models import Sandbox, Status, Usage
+from heyvm.models import UP, Sandbox, Usage
 
 SAMPLE_S = 5.0
 STALE_S = 60.0  # the keeper is gone, or was when the machine slept
@@ -115,7 +115,7 @@ def uncounted_kills(sandbox: Sandbox, backend: Backend) -> int:
     The row counts them over all its boxes, the group those of this one; what the row said when this
     one came up stands in its state. So a keeper that dies at any moment counts none twice.
     """
-    if sandbox.status not in (Status.RUNNING, Status.PAUSED) or "oom_kills" not in sandbox.state:
+    if sandbox.status not in UP or "oom_kills" not in sandbox.state:
         return 0
     kills = backend.oom_kills(sandbox) or 0
     return max(0, kills - (sandbox.oom_kills - int(sandbox.state["oom_kills"])))
