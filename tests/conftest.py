@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.images import ImageRegistry
 from tests.server import Server, Session
+from tests.server import run as run_in
 
 Record = dict[str, Any]
 
@@ -62,3 +64,15 @@ def image_registry() -> Iterator[ImageRegistry]:
     """A registry for images, on loopback, empty at first; see tests/images.py."""
     with ImageRegistry() as registry:
         yield registry
+
+
+@pytest.fixture
+def ref(sandbox: Callable[..., Record]) -> str:
+    """The id of a sandbox."""
+    return str(sandbox()["id"])
+
+
+@pytest.fixture
+def run(http: Session) -> Callable[..., Record]:
+    """`run(ref, line, **options)` executes a line and gives what became of it."""
+    return partial(run_in, http)

@@ -314,6 +314,20 @@ class Server:
         trees.remove(str(self.home))
 
 
+def create(http: Session, **fields: Any) -> dict[str, Any]:
+    """A new sandbox's record."""
+    answer = http.post("/sandboxes", json=fields)
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+def run(http: Session, ref: str, command: str, **more: Any) -> dict[str, Any]:
+    """What became of a command."""
+    answer = http.post(f"/sandboxes/{ref}/execute", json={"command": command, **more})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
 class PortTaken(Exception):
     """Somebody else took the port between the look and the bind."""
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.server import Server, Session, wait_until
+from tests.server import (
+    Server,
+    Session,
+    run,
+    wait_until,
+)
 
 Make = Callable[..., dict[str, Any]]
 PARTS = (
@@ -25,17 +30,6 @@ PARTS = (
 FILE_HEAD = b'--b0undary\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
 END = b"\r\n--b0undary--\r\n"
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def ref(sandbox: Make) -> str:
-    return str(sandbox()["id"])
-
-
-def run(http: Session, ref: str, command: str, **more: Any) -> dict[str, Any]:
-    answer = http.post(f"/sandboxes/{ref}/execute", json={"command": command, **more})
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
 
 
 def listed(http: Session, ref: str) -> list[str]:

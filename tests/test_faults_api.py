@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 import requests
 
-from tests.server import Server, Session, wait_until
+from tests.server import (
+    Server,
+    Session,
+    create,
+    wait_until,
+)
 
 Make = Callable[..., dict[str, Any]]
 SCHEDULE_S = 15.0
@@ -32,12 +37,6 @@ SETTLED = {"running", "stopped", "failed"}
 def own() -> Iterator[Server]:
     with Server() as running:
         yield running
-
-
-def create(http: Session, **fields: Any) -> dict[str, Any]:
-    answer = http.post("/sandboxes", json=fields)
-    assert answer.status_code == 201, answer.text
-    return dict(answer.json())
 
 
 def run(http: Session, ref: str, command: str) -> str:

@@ -14,24 +14,19 @@ from typing import Any
 
 import pytest
 
-from tests.server import Server, Session, read_bytes, wait_until
+from tests.server import (
+    Server,
+    Session,
+    read_bytes,
+    run,
+    wait_until,
+)
 
 Make = Callable[..., dict[str, Any]]
 MIB = 1024 * 1024
 DEFAULT_OUTPUT = 10 * MIB
 # A shell of no environment, in a session of its own, twice removed from whoever began it.
 HIDDEN = "(setsid env -i /bin/sh -c '(sleep {0} & sleep {0}) & sleep {0}' &)"
-
-
-@pytest.fixture
-def ref(sandbox: Make) -> str:
-    return str(sandbox()["id"])
-
-
-def run(http: Session, ref: str, command: str, **more: Any) -> dict[str, Any]:
-    answer = http.post(f"/sandboxes/{ref}/execute", json={"command": command, **more})
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
 
 
 def sleepers(http: Session, ref: str, seconds: int) -> int:

@@ -17,7 +17,14 @@ from typing import Any
 
 import pytest
 
-from tests.server import REPOSITORY, Server, Session, read_bytes, wait_until
+from tests.server import (
+    REPOSITORY,
+    Server,
+    Session,
+    create,
+    read_bytes,
+    wait_until,
+)
 
 EXPIRED_WITHIN_S = 2.0
 SLACK_S = 0.5  # of the poll, on a machine that runs other tests
@@ -29,12 +36,6 @@ def own() -> Iterator[Server]:
     """A server that a test may harm."""
     with Server() as running:
         yield running
-
-
-def create(http: Session, **fields: Any) -> dict[str, Any]:
-    answer = http.post("/sandboxes", json=fields)
-    assert answer.status_code == 201, answer.text
-    return dict(answer.json())
 
 
 def path_of(record: dict[str, Any]) -> str:

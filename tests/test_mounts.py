@@ -36,16 +36,6 @@ def shared():
     shutil.rmtree(top)
 
 
-@pytest.fixture
-def run(http):
-    def execute(ref, line, **options):
-        answer = http.post(f"/sandboxes/{ref}/execute", json={"command": line, **options})
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    return execute
-
-
 def mount(path, inside="/data", **options):
     return {"host_path": str(path), "sandbox_path": inside, **options}
 

@@ -41,16 +41,6 @@ def sandbox(sandbox):
     return lambda **fields: sandbox(network="none", **fields)
 
 
-@pytest.fixture
-def run(http):
-    def execute(ref, line, **options):
-        answer = http.post(f"/sandboxes/{ref}/execute", json={"command": line, **options})
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    return execute
-
-
 def sh(line):
     return f"sh -c '{line}'"
 

@@ -109,7 +109,9 @@ class Bubblewrap(Backend):
         self.parts()
         self.launcher.warm()
         self.networks.warm()
-        self._offer_ids()
+        single_id = self._offer_ids() == "single"
+        for set_id in {False, not single_id}:
+            self._filter(single_id=single_id, set_id=set_id)
         self._offer_owners()
 
     def parts(self) -> Parts:
