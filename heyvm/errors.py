@@ -93,6 +93,10 @@ class BackendFailed(HeyvmError):
     """A sandbox could not be started, or its agent answered nonsense or not at all."""
 
 
+class PortClosed(HeyvmError):
+    """Nobody listens on that port inside the sandbox (yet)."""
+
+
 class StorageFull(HeyvmError):
     """No space (or no inodes, or no quota) where it had to be written."""
 

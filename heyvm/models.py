@@ -94,6 +94,34 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class PortMapping:
+    """A TCP port of 127.0.0.1 on the host that leads to one inside."""
+
+    host_port: int
+    guest_port: int
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A way in from outside to one port of a sandbox.
+
+    `kind`: `proxy`, made by a call and known by its subdomain; `open`, one of `open_ports`; or
+    `internal`. The last two are local ports alone, and their subdomain is only a name.
+    `local_port`: the TCP port of 127.0.0.1; None where there is none (yet). `warnings` say what of
+    it could not stay as it was.
+    """
+
+    subdomain: str
+    sandbox_id: str
+    port: int
+    created_at: float
+    kind: str = "proxy"
+    is_public: bool = True
+    local_port: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sandbox:
     """One row of the registry. `state` is its backend's private note (JSON), never shown.
 
@@ -133,6 +161,7 @@ class Sandbox:
     ids: str = "single"
     status_detail: str | None = None
     oom_kills: int = 0
+    port_mappings: tuple[PortMapping, ...] = ()
 
 
 @dataclass(frozen=True)

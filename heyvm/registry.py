@@ -36,12 +36,14 @@ from heyvm.errors import (
     Unavailable,
 )
 from heyvm.models import (
+    Endpoint,
     Image,
     ImageConfig,
     Limits,
     Mount,
     Network,
     Page,
+    PortMapping,
     Sandbox,
     Status,
 )
@@ -124,14 +126,42 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX named ON image_names (digest)",
         "CREATE INDEX live_by_image ON sandboxes (image_resolved) WHERE deleted_at IS NULL",
     ),
+    (
+        # A row outlives its endpoint, so that no subdomain is given out twice.
+        """CREATE TABLE endpoints (
+            subdomain TEXT PRIMARY KEY,
+            sandbox_id TEXT NOT NULL,
+            port INTEGER NOT NULL,
+            kind TEXT NOT NULL,
+            is_public INTEGER NOT NULL,
+            local_port INTEGER,
+            created_at REAL NOT NULL,
+            warnings TEXT NOT NULL,
+            ready INTEGER NOT NULL,
+            deleted_at REAL
+        ) WITHOUT ROWID""",
+        "CREATE INDEX live_endpoints ON endpoints (sandbox_id) WHERE deleted_at IS NULL",
+        "INSERT INTO meta VALUES ('link-key', randomblob(32))",
+        # Those whose open_ports were only remembered.
+        """INSERT INTO endpoints
+            SELECT lower(hex(randomblob(8))), sandboxes.id, value, 'open', 1, NULL, 0, '[]', 1, NULL
+            FROM sandboxes, json_each(spec, '$.open_ports') WHERE deleted_at IS NULL""",
+    ),
 )
 HOST_IMAGE = "host"
 
 _COLUMNS = (
     "id, name, slug, status, status_changed_at, created_at, started_at, backend_type,"
     " image_resolved, ttl_seconds, expires_at, expires_boot, boot_id, error_message, id_base,"
-    " spec, state, warnings, metadata, status_detail, oom_kills"
+    " spec, state, warnings, metadata, status_detail, oom_kills,"
+    " (SELECT json_group_array(json_array(port, local_port)) FROM endpoints"
+    " WHERE sandbox_id = sandboxes.id AND deleted_at IS NULL AND kind = 'open'"
+    " AND local_port IS NOT NULL)"
 )
+_ENDPOINT_COLUMNS = (
+    "subdomain, sandbox_id, port, created_at, kind, is_public, local_port, warnings"
+)
+_ENDPOINT = f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE subdomain = ?"
 _IMAGE_COLUMNS = (
     "digest, size_bytes, created_at, source, devices, config,"
     " (SELECT json_group_array(name) FROM image_names"
@@ -336,6 +366,7 @@ class Registry:
             self._admit(connection, sandbox, limit)
             slug = sandbox.slug or self._derive(connection, sandbox)
             self._insert(connection, replace(sandbox, slug=slug))
+            self._match_open_ports(connection, sandbox)
             if key is not None:
                 self._insert_key(connection, key, sandbox.id)
             return self._sandbox(_one(connection, _BY_ID, sandbox.id)), False
@@ -347,6 +378,7 @@ class Registry:
 
         def work(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM sandboxes WHERE id = ?", (sandbox_id,))
+            self._end_endpoints(connection, sandbox_id)
             connection.execute("DELETE FROM idempotency WHERE sandbox_id = ?", (sandbox_id,))
 
         self._file.write(work, vital=True)
@@ -515,6 +547,7 @@ class Registry:
             sandbox_id,
             {"reason": DELETED},
             vital=True,
+            and_then=lambda connection: self._end_endpoints(connection, sandbox_id),
         )
 
     def amend(
@@ -534,6 +567,7 @@ class Registry:
                 return None
             after = change(self._sandbox(rows[0]))
             connection.execute(_amendment(renew), _user_columns(after) | self._times())
+            self._match_open_ports(connection, after)
             return self._sandbox(_one(connection, _BY_ID, sandbox_id))
 
         amended = self._file.write(work)
@@ -699,6 +733,126 @@ class Registry:
         """The slugs of the sandboxes that use this image."""
         return [row[0] for row in self._file.read(_USERS, (digest,))]
 
+    # -- endpoints -------------------------------------------------------------------------------
+
+    def endpoints(self, sandbox_id: str | None = None) -> Sequence[Endpoint]:
+        """Those of a sandbox, or all, oldest first. One that is still being made is not shown."""
+        where, values = ("", ()) if sandbox_id is None else (" AND sandbox_id = ?", (sandbox_id,))
+        rows = self._file.read(
+            f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE deleted_at IS NULL AND ready{where}"
+            " ORDER BY created_at, subdomain",
+            values,
+        )
+        return [_endpoint(row) for row in rows]
+
+    def endpoint(self, subdomain: str) -> Endpoint | None:
+        """The proxy endpoint of this name, wherever it is in its making."""
+        query = f"{_ENDPOINT} AND deleted_at IS NULL AND kind = 'proxy'"
+        rows = self._file.read(query, (subdomain,)) if subdomain.isascii() else []
+        return _endpoint(rows[0]) if rows else None
+
+    def add_endpoint(self, endpoint: Endpoint, *, limit: int, ready: bool = False) -> None:
+        """Write its row, not to be shown before `settle_endpoint` unless it is `ready`.
+
+        `QuotaExceeded` where the sandbox has `limit` of them, `NotFound` where it is gone or about
+        to go, `IdTaken` where the subdomain was ever in use.
+        """
+
+        def work(connection: sqlite3.Connection) -> None:
+            self._demand_staying(connection, endpoint.sandbox_id)
+            there = connection.execute(
+                "SELECT count(*) FROM endpoints WHERE sandbox_id = ? AND deleted_at IS NULL",
+                (endpoint.sandbox_id,),
+            ).fetchall()[0][0]
+            if there >= limit:
+                raise QuotaExceeded(f"it has {there} endpoints and open ports: delete some")
+            if connection.execute(_ENDPOINT, (endpoint.subdomain,)).fetchall():
+                raise IdTaken("this subdomain was in use")
+            _insert_endpoint(connection, endpoint, ready)
+
+        self._file.write(work)
+
+    def settle_endpoint(self, subdomain: str) -> Endpoint:
+        """Show it from now on."""
+        return self._change_endpoint("ready = 1", subdomain)
+
+    def set_public(self, subdomain: str, is_public: bool) -> Endpoint:
+        """Say who may use it."""
+        return self._change_endpoint("is_public = :is_public", subdomain, {"is_public": is_public})
+
+    def set_local_port(self, subdomain: str, port: int, warning: str | None = None) -> Endpoint:
+        """Write which TCP port of 127.0.0.1 it has, and what to know about that."""
+        return self._change_endpoint(
+            "local_port = :port, warnings = :warnings",
+            subdomain,
+            {"port": port, "warnings": _dump([warning] if warning else [])},
+        )
+
+    def remove_endpoint(self, subdomain: str) -> None:
+        """It is there no longer; its subdomain is never given out again."""
+        self._file.write(
+            lambda connection: connection.execute(
+                "UPDATE endpoints SET deleted_at = ?, local_port = NULL WHERE subdomain = ?",
+                (self.clock.wall(), subdomain),
+            ),
+            vital=True,
+        )
+
+    def unready_endpoints(self) -> Sequence[Endpoint]:
+        """Those that somebody is making, or was when it died."""
+        rows = self._file.read(
+            f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE deleted_at IS NULL AND NOT ready"
+        )
+        return [_endpoint(row) for row in rows]
+
+    def link_key(self) -> bytes:
+        """What links and cookies of private endpoints are signed with: 32 bytes, for ever."""
+        return bytes(self._file.read("SELECT value FROM meta WHERE key = 'link-key'")[0][0])
+
+    def _change_endpoint(
+        self, assignment: str, subdomain: str, values: Mapping[str, object] | None = None
+    ) -> Endpoint:
+        update = (
+            f"UPDATE endpoints SET {assignment} WHERE subdomain = :subdomain"
+            f" AND deleted_at IS NULL RETURNING {_ENDPOINT_COLUMNS}"
+        )
+        bound = {"subdomain": subdomain} | dict(values or {})
+        rows = self._file.write(
+            lambda connection: connection.execute(update, bound).fetchall(), vital=True
+        )
+        if not rows:
+            raise NotFound(f"there is no endpoint {subdomain!r} (any more)")
+        return _endpoint(rows[0])
+
+    def _demand_staying(self, connection: sqlite3.Connection, sandbox_id: str) -> None:
+        query = _BY_ID + " AND (wanted IS NULL OR wanted = 'stopped')"
+        if not _any(connection, query, sandbox_id):
+            raise NotFound(f"Sandbox not found: {sandbox_id}")
+
+    def _match_open_ports(self, connection: sqlite3.Connection, sandbox: Sandbox) -> None:
+        """One endpoint of kind `open` for each of its open ports, and none besides."""
+        rows = connection.execute(
+            "SELECT port, subdomain FROM endpoints WHERE sandbox_id = ? AND kind = 'open'",
+            (sandbox.id,),
+        ).fetchall()
+        there = dict(rows)
+        for port in there.keys() - set(sandbox.open_ports):
+            connection.execute("DELETE FROM endpoints WHERE subdomain = ?", (there[port],))
+        for port in sorted(set(sandbox.open_ports) - there.keys()):
+            name = os.urandom(8).hex()
+            endpoint = Endpoint(name, sandbox.id, port, self.clock.wall(), kind="open")
+            _insert_endpoint(connection, endpoint, ready=True)
+
+    def _end_endpoints(self, connection: sqlite3.Connection, sandbox_id: str) -> None:
+        connection.execute(
+            "DELETE FROM endpoints WHERE sandbox_id = ? AND kind != 'proxy'", (sandbox_id,)
+        )
+        connection.execute(
+            "UPDATE endpoints SET deleted_at = ?, local_port = NULL"
+            " WHERE sandbox_id = ? AND deleted_at IS NULL",
+            (self.clock.wall(), sandbox_id),
+        )
+
     # -- rows ------------------------------------------------------------------------------------
 
     def _sandbox(self, row: Row) -> Sandbox:
@@ -722,6 +876,7 @@ class Registry:
             metadata=_load(row[18], {}),
             status_detail=row[19],
             oom_kills=row[20],
+            port_mappings=_mappings(row[21]),
             **_spec_fields(spec),
         )
 
@@ -882,16 +1037,23 @@ class Registry:
         values: Mapping[str, object] | None = None,
         *,
         vital: bool = False,
+        and_then: Callable[[sqlite3.Connection], None] | None = None,
     ) -> Sandbox | None:
-        """One conditional UPDATE; the sandbox as it is after it, or None if it did not apply."""
+        """One conditional UPDATE; the sandbox as it is after it, or None if it did not apply.
+        `and_then` is done in the same transaction where it did."""
         update = (
             f"UPDATE sandboxes SET {assignments}"
             f" WHERE id = :id AND deleted_at IS NULL AND {condition} RETURNING {_COLUMNS}"
         )
         bound = {"id": sandbox_id} | self._times() | dict(values or {})
-        rows = self._file.write(
-            lambda connection: connection.execute(update, bound).fetchall(), vital=vital
-        )
+
+        def work(connection: sqlite3.Connection) -> list[Row]:
+            rows = connection.execute(update, bound).fetchall()
+            if rows and and_then is not None:
+                and_then(connection)
+            return rows
+
+        rows = self._file.write(work, vital=vital)
         return self._sandbox(rows[0]) if rows else None
 
 
@@ -1166,6 +1328,41 @@ def _image(row: Row) -> Image:
         devices=row[4],
         config=_image_config(json.loads(row[5])),
         names=tuple(sorted(json.loads(row[6]))),
+    )
+
+
+def _mappings(text: str) -> tuple[PortMapping, ...]:
+    pairs: list[list[int]] = _load(text, [])
+    return tuple(PortMapping(host, guest) for guest, host in sorted(pairs))
+
+
+def _endpoint(row: Row) -> Endpoint:
+    return Endpoint(
+        subdomain=row[0],
+        sandbox_id=row[1],
+        port=row[2],
+        created_at=row[3],
+        kind=row[4],
+        is_public=bool(row[5]),
+        local_port=row[6],
+        warnings=tuple(_load(row[7], [])),
+    )
+
+
+def _insert_endpoint(connection: sqlite3.Connection, endpoint: Endpoint, ready: bool) -> None:
+    connection.execute(
+        "INSERT INTO endpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+        (
+            endpoint.subdomain,
+            endpoint.sandbox_id,
+            endpoint.port,
+            endpoint.kind,
+            endpoint.is_public,
+            endpoint.local_port,
+            endpoint.created_at,
+            _dump(endpoint.warnings),
+            ready,
+        ),
     )
 
 

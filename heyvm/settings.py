@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import grp
 import hashlib
 import ipaddress
 import os
@@ -38,10 +39,13 @@ class Setting:
 KNOWN = (
     Setting("JWT_SECRET", "", "HS256 key; set, every route but /health needs a bearer token"),
     Setting("JWT_AUDIENCE", "", "the `aud` that a token must carry"),
-    Setting("API_HOSTNAME", "", "a Host (and everything below it) that requests may name"),
+    Setting("API_HOSTNAME", "", "the API's own name; proxy endpoints are `<subdomain>.` of it"),
     Setting("AUTH_SERVER_URL", "", "`/auth/*` is forwarded there"),
     Setting("HEYVM_DATA_DIR", "/var/lib/heyvm, or ~/.heyo", "registry, sandboxes, logs"),
     Setting("HEYVM_RUN_DIR", "/run/heyvm, or $XDG_RUNTIME_DIR/heyvm", "sockets and locks"),
+    Setting("HEYVM_PORTS_DIR", "`ports` in HEYVM_RUN_DIR", "where nginx finds endpoints' sockets"),
+    Setting("HEYVM_PORTS_GROUP", "", "the group that may use them: that of nginx (`www-data`)"),
+    Setting("HEYVM_LOG", "text", "json: each request and event as a line of JSON on stderr"),
     Setting("HEYVM_ALLOW_OPEN", "0", "1: answer other machines without JWT_SECRET"),
     Setting("HEYVM_STRICT_IMAGES", "0", "1: never run on `host` for an image that cannot be had"),
     Setting("HEYVM_IMAGE_SHELL", "host", "the image of a `shell` that names none"),
@@ -69,7 +73,6 @@ NOT_YET = {
     "S3_BUCKET": "mounts are not kept in S3",
     "MSB_API_KEY": "there is no msb backend",
     "MSB_SERVER_HOST": "there is no msb backend",
-    "API_HOSTNAME": "there are no proxy endpoints; the name is only accepted as Host",
 }
 
 
@@ -79,6 +82,9 @@ class Settings:
 
     data_dir: Path
     run_dir: Path
+    ports_dir: Path | None = None
+    ports_group: int | None = None
+    log_json: bool = False
     jwt_secret: str | None = None
     jwt_audience: str | None = None
     api_hostname: str | None = None
@@ -98,6 +104,11 @@ class Settings:
     notices: tuple[str, ...] = ()
 
     @property
+    def ports(self) -> Path:
+        """Where the sockets of proxy endpoints lie."""
+        return self.ports_dir or self.run_dir / "ports"
+
+    @property
     def mark(self) -> str:
         """A short name for this data directory, for what is machine-wide: cgroups, id blocks."""
         return mark_of(self.data_dir)
@@ -113,9 +124,13 @@ def from_env(environ: Mapping[str, str]) -> Settings:
     if secret is not None and not secret.strip():
         raise Misconfigured("JWT_SECRET is set but empty: give it a value, or unset it")
     dev = _flag(environ, "HEYVM_DEV")
+    run_dir = _run_dir(environ, data_dir)
     return Settings(
         data_dir=data_dir,
-        run_dir=_run_dir(environ, data_dir),
+        run_dir=run_dir,
+        ports_dir=_directory(environ, "HEYVM_PORTS_DIR"),
+        ports_group=_group(environ, "HEYVM_PORTS_GROUP"),
+        log_json=_choice(environ, "HEYVM_LOG", ("text", "json")) == "json",
         jwt_secret=secret,
         jwt_audience=environ.get("JWT_AUDIENCE") or None,
         api_hostname=(environ.get("API_HOSTNAME") or "").strip().strip(".").lower() or None,
@@ -184,6 +199,28 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     if value not in TRUE | FALSE:
         raise Misconfigured(f"{name} is {value!r}: say 1 or 0")
     return value in TRUE
+
+
+def _choice(environ: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
+    """One of `words`, the first where nothing is said."""
+    value = environ.get(name, "").strip().lower() or words[0]
+    if value not in words:
+        raise Misconfigured(f"{name} is {value!r}: say {' or '.join(words)}")
+    return value
+
+
+def _directory(environ: Mapping[str, str], name: str) -> Path | None:
+    return Path(environ[name]).absolute() if environ.get(name) else None
+
+
+def _group(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name, "").strip()
+    if not value:
+        return None
+    try:
+        return int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise Misconfigured(f"{name} is {value!r}: there is no such group here") from None
 
 
 def _count(environ: Mapping[str, str], name: str, default: int | None = None) -> int | None:

@@ -56,6 +56,7 @@ PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
     errors.Misconfigured: Kind(500, "misconfigured", "The server is set up wrongly"),
     errors.Unsupported: Kind(501, "unsupported", "This backend cannot do that"),
     errors.BackendFailed: Kind(502, "backend-failed", "The sandbox or its agent failed"),
+    errors.PortClosed: Kind(502, "port-closed", "Nobody listens there"),
     errors.Unavailable: Kind(503, "unavailable", "Not now"),
     errors.StorageFull: Kind(507, "storage-full", "No space left"),
 }
