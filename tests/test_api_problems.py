@@ -10,7 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from heyvm import errors
-from heyvm.api.problems import PROBLEMS
+from heyvm.problems import PROBLEMS
 from tests.fake_domain import Fake, problem
 
 pytest_plugins = ["tests.fake_domain"]

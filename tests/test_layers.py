@@ -30,7 +30,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest", "heyvm.images"}),
     frozenset(
-        {"heyvm.models", "heyvm.errors", "heyvm.settings", "heyvm.frames", "heyvm.directories"}
+        {
+            "heyvm.models",
+            "heyvm.errors",
+            "heyvm.problems",
+            "heyvm.settings",
+            "heyvm.frames",
+            "heyvm.directories",
+        }
     ),
 )
 # Small parts with one subject that a layer keeps to itself or shares with those above it.

@@ -16,8 +16,8 @@ from marshmallow import Schema, ValidationError
 
 from heyvm import errors
 from heyvm.api.bodies import MAX_JSON_BYTES, read_json
-from heyvm.api.problems import PROBLEMS
 from heyvm.errors import Invalid
+from heyvm.problems import PROBLEMS
 
 F = TypeVar("F", bound=Callable[..., Any])
 EVERYWHERE = (errors.Unauthorized, errors.Forbidden, errors.BadRequest, errors.HeyvmError)

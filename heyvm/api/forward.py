@@ -19,8 +19,8 @@ from heyvm.api.bodies import stream
 from heyvm.api.limits import FORWARD_BYTES, FORWARD_S
 from heyvm.api.parts import settings
 from heyvm.api.paths import check_path
-from heyvm.api.problems import BadGateway, GatewayTimeout
 from heyvm.errors import NotFound
+from heyvm.problems import BadGateway, GatewayTimeout
 
 blp = Blueprint("auth_forward", __name__)
 

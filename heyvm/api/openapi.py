@@ -16,8 +16,8 @@ from flask_smorest import Api
 
 from heyvm import __version__
 from heyvm.api.paths import ImageName, Rest
-from heyvm.api.problems import BY_STATUS, MEDIA_TYPE, TYPE_PREFIX, Kind
 from heyvm.api.schemas import ProblemInfo
+from heyvm.problems import BY_STATUS, MEDIA_TYPE, TYPE_PREFIX, Kind
 
 STATIC = Path(__file__).parent / "static"
 PAGE_POLICY = (
