@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from heyvm import backends
+from heyvm import backends, control
 from heyvm.api.parts import Services
 from heyvm.api.wiring import Api, connect
 from heyvm.files import Files
@@ -13,8 +13,12 @@ from heyvm.lifecycle import Lifecycle
 from heyvm.logs import Logs
 from heyvm.mounts import Mounts
 from heyvm.processes import Processes
+from heyvm.proxies import Proxies
 from heyvm.registry import Registry
 from heyvm.settings import Settings
+
+# A keeper that was killed is replaced within a second or two.
+SYNC_TIMEOUT_S = 15.0
 
 
 def create_app(settings: Settings, services: Services | None = None) -> Flask:
@@ -30,7 +34,12 @@ def build(settings: Settings) -> Services:
     table = backends.build(settings)
     registry = Registry(settings.data_dir / "registry.db")
     images = Images(registry, settings)
-    lifecycle = Lifecycle(registry, table, settings, images)
+
+    def sync_ports(sandbox_id: str) -> None:
+        request = {"op": "ports", "sandbox_id": sandbox_id}
+        control.ask(settings.run_dir, request, SYNC_TIMEOUT_S)
+
+    lifecycle = Lifecycle(registry, table, settings, images, sync_ports)
     return Services(
         settings=settings,
         lifecycle=lifecycle,
@@ -38,6 +47,7 @@ def build(settings: Settings) -> Services:
         files=Files(lifecycle),
         logs=Logs(lifecycle),
         mounts=Mounts(lifecycle),
+        proxies=Proxies(lifecycle, sync_ports),
         images=images,
         backends=table,
     )

@@ -53,6 +53,7 @@ from heyvm.registry import (
     Registry,
 )
 from heyvm.settings import Settings
+from heyvm.sockets import Sockets
 
 Connect = Callable[[], socket.socket]
 
@@ -101,7 +102,8 @@ class Images(Protocol):
 
 class Lifecycle:
     """The lifecycle of every sandbox in `registry`. Safe from any number of threads, greenlets and
-    processes; holds nothing that another process would need."""
+    processes; holds nothing that another process would need. `sync_ports` has the keeper open and
+    close the local ports of a sandbox now; without it, the keeper does so when it sees the rows."""
 
     def __init__(
         self,
@@ -109,11 +111,14 @@ class Lifecycle:
         backends: Mapping[str, Backend],
         settings: Settings,
         images: Images | None = None,
+        sync_ports: Callable[[str], None] | None = None,
     ) -> None:
         self.registry = registry
         self.backends = backends
         self.settings = settings
+        self.sockets = Sockets(settings, registry, self.backend_of)
         self._images = images
+        self._sync_ports = sync_ports
         self._locks = settings.run_dir / "locks"
         self._admission = threading.Lock()
 
@@ -399,8 +404,10 @@ class Lifecycle:
             # said to be paused and runs is mended by resume; one that hangs explains nothing.
             paused = self._settled_paused(sandbox, True)
             try:
+                self.sockets.hide(sandbox)
                 self.backend_of(sandbox).pause(sandbox)
             except HeyvmError:
+                self.sockets.show(sandbox)
                 self._settled_paused(sandbox, False)
                 raise
             return paused
@@ -416,6 +423,7 @@ class Lifecycle:
 
     def _resume(self, sandbox: Sandbox) -> Sandbox:
         self.backend_of(sandbox).resume(sandbox)
+        self.sockets.show(sandbox)
         return self._settled_paused(sandbox, False)
 
     def _settled_paused(self, sandbox: Sandbox, paused: bool) -> Sandbox:
@@ -479,6 +487,7 @@ class Lifecycle:
 
     def _end(self, sandbox: Sandbox, *, grace: float) -> Sandbox:
         self.backend_of(sandbox).stop(sandbox, grace=grace)
+        self.sockets.remove_all(sandbox.id)
         settled = self.registry.settle_stopped(sandbox.id)
         if settled is None:
             raise self._interrupted(sandbox)
@@ -494,13 +503,24 @@ class Lifecycle:
         with backend.start(sandbox, note) as first:
             guest.go(first, environment, sandbox.working_directory, visit=False)
         up = replace(sandbox, state=note.state)
+        self.sockets.open_all(up)
         for number, hook in enumerate(hooks, start=1):
             self._run_hook(up, number, hook)
         self._run_start_command(up)
+        without_port = len(sandbox.open_ports) > len(sandbox.port_mappings)
+        if without_port:
+            self._sync(sandbox.id)
         settled = self.registry.settle_running(sandbox.id)
         if settled is None:
             raise self._interrupted(sandbox)
         return settled
+
+    def _sync(self, sandbox_id: str) -> None:
+        """Have its local ports opened and closed now. Without a keeper the next one does it, and
+        the record says which ports there are."""
+        if self._sync_ports is not None:
+            with suppress(Unavailable):
+                self._sync_ports(sandbox_id)
 
     def _run_start_command(self, sandbox: Sandbox) -> None:
         if sandbox.start_command or sandbox.image_config.command:
@@ -555,6 +575,7 @@ class Lifecycle:
         # What it refuses to say now, the keeper asks again: the row still says what it is.
         with suppress(HeyvmError):
             self.backend_of(last).stop(last, grace=0)
+        self.sockets.remove_all(last.id)
         if self.registry.settle_failed(sandbox.id, error.detail[:MESSAGE_CHARS]) is None:
             raise self._interrupted(sandbox) from error
         if isinstance(error, HookFailed):
@@ -578,12 +599,16 @@ class Lifecycle:
         renew = "ttl_seconds" in changes
         if "start_command" not in changes:
             # Without the lock: a time to live is renewed while a hook or an upload takes its hours.
-            return self.registry.amend(sandbox.id, change, renew=renew)
-        with self.turn(sandbox.id):
             amended = self.registry.amend(sandbox.id, change, renew=renew)
-            if amended.status is Status.RUNNING:
-                self._tell_start_command(amended)
+        else:
+            with self.turn(sandbox.id):
+                amended = self.registry.amend(sandbox.id, change, renew=renew)
+                if amended.status is Status.RUNNING:
+                    self._tell_start_command(amended)
+        if "open_ports" not in changes:
             return amended
+        self._sync(sandbox.id)
+        return self.get(sandbox.id)
 
     # -- delete ----------------------------------------------------------------------------------
 
@@ -606,9 +631,13 @@ class Lifecycle:
 
     def _bury(self, entry: Entry, held: SandboxLock) -> None:
         self._end_visit(entry)
+        endpoints = self.registry.endpoints(entry.sandbox.id)
         self.backend_of(entry.sandbox).destroy(entry.sandbox)
+        self.sockets.remove_all(entry.sandbox.id)
         self.registry.bury(entry.sandbox.id)
         held.discard()
+        if endpoints:
+            self._sync(entry.sandbox.id)
 
     # -- visits ----------------------------------------------------------------------------------
 
@@ -699,6 +728,7 @@ class Lifecycle:
             self._end(sandbox, grace=STOP_GRACE_S)
         elif sandbox.status is Status.PROVISIONING:
             self.backend_of(sandbox).stop(sandbox, grace=0)
+            self.sockets.remove_all(sandbox.id)
             self.registry.settle_failed(sandbox.id, LEFT_STARTING)
         elif sandbox.status in UP:
             self._settle_ended(entry)
@@ -709,6 +739,7 @@ class Lifecycle:
         if reason is None:
             return
         self.backend_of(sandbox).stop(sandbox, grace=0)
+        self.sockets.remove_all(sandbox.id)
         if reason == REBOOTED:
             self.registry.settle_stopped(sandbox.id, message=REBOOTED)
         else:
@@ -900,13 +931,8 @@ def _ttl(seconds: object) -> int | None:
 
 
 def _warnings(spec: CreateSpec) -> Iterator[str]:
-    if spec.open_ports:
-        yield PORTS_WARNING
     for name in spec.unknown_fields:
         yield f"unknown field {name!r} was ignored"
-
-
-PORTS_WARNING = "open_ports are recorded, but not forwarded yet"
 
 
 def _with_hooks_undone(sandbox: Sandbox) -> Sandbox:
@@ -935,10 +961,7 @@ def _amender(changes: Mapping[str, object]) -> Callable[[Sandbox], Sandbox]:
         raise Invalid("the name is empty", errors={"name": ["it may not be empty"]})
 
     def amend(sandbox: Sandbox) -> Sandbox:
-        amended = replace(sandbox, **fields)
-        others = tuple(one for one in amended.warnings if one != PORTS_WARNING)
-        ports = (PORTS_WARNING,) if amended.open_ports else ()
-        return replace(amended, warnings=(*others, *ports))
+        return replace(sandbox, **fields)
 
     return amend
 

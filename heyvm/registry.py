@@ -146,6 +146,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """INSERT INTO endpoints
             SELECT lower(hex(randomblob(8))), sandboxes.id, value, 'open', 1, NULL, 0, '[]', 1, NULL
             FROM sandboxes, json_each(spec, '$.open_ports') WHERE deleted_at IS NULL""",
+        """UPDATE sandboxes SET warnings = (SELECT json_group_array(value)
+            FROM json_each(warnings)
+            WHERE value != 'open_ports are recorded, but not forwarded yet')""",
     ),
 )
 HOST_IMAGE = "host"
@@ -158,9 +161,7 @@ _COLUMNS = (
     " WHERE sandbox_id = sandboxes.id AND deleted_at IS NULL AND kind = 'open'"
     " AND local_port IS NOT NULL)"
 )
-_ENDPOINT_COLUMNS = (
-    "subdomain, sandbox_id, port, created_at, kind, is_public, local_port, warnings"
-)
+_ENDPOINT_COLUMNS = "subdomain, sandbox_id, port, created_at, kind, is_public, local_port, warnings"
 _ENDPOINT = f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE subdomain = ?"
 _IMAGE_COLUMNS = (
     "digest, size_bytes, created_at, source, devices, config,"

@@ -26,6 +26,7 @@ from heyvm.images import Images
 from heyvm.models import (
     CreateSpec,
     Download,
+    Endpoint,
     ExecRequest,
     ExecResult,
     FileInfo,
@@ -295,6 +296,39 @@ class FakeMounts:
 
 
 @dataclass
+class FakeProxies:
+    lifecycle: FakeLifecycle
+    rows: dict[str, Endpoint] = field(default_factory=dict)
+
+    def list(self, ref: str) -> list[Endpoint]:
+        sandbox = self.lifecycle.get(ref)
+        return [one for one in self.rows.values() if one.sandbox_id == sandbox.id]
+
+    def create(self, ref: str, port: int, *, is_public: bool = True) -> Endpoint:
+        sandbox = self.lifecycle.get(ref)
+        name = f"{len(self.rows):016d}"
+        endpoint = Endpoint(name, sandbox.id, port, 1.0, is_public=is_public, local_port=40000)
+        self.rows[name] = endpoint
+        return endpoint
+
+    def get(self, ref: str, subdomain: str) -> Endpoint:
+        for one in self.list(ref):
+            if one.subdomain == subdomain:
+                return one
+        raise NotFound(f"there is no endpoint {subdomain!r}")
+
+    def delete(self, ref: str, subdomain: str) -> None:
+        del self.rows[self.get(ref, subdomain).subdomain]
+
+    def change(self, ref: str, subdomain: str, *, is_public: bool) -> Endpoint:
+        self.rows[subdomain] = replace(self.get(ref, subdomain), is_public=is_public)
+        return self.rows[subdomain]
+
+    def internal(self, ref: str, port: int) -> Endpoint:
+        return Endpoint("i", self.lifecycle.get(ref).id, port, 1.0, "internal", local_port=40001)
+
+
+@dataclass
 class FakeLogs:
     lifecycle: FakeLifecycle
     entries: list[LogEntry] = field(default_factory=list)
@@ -339,6 +373,7 @@ def fake_app(root: Path, **settings: Any) -> Fake:
         files=cast(Any, files),
         logs=cast(Any, logs),
         mounts=cast(Any, mounts),
+        proxies=cast(Any, FakeProxies(lifecycle)),
         images=Images(Registry(told.data_dir / "registry.db"), told),
         backends=cast(Any, {"bubblewrap": backend}),
     )

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
-from tests.server import REPOSITORY, Server
+from tests.server import REPOSITORY, Server, wait_until
 
 GUIDE = REPOSITORY / "docs" / "api-guide.md"
 INDEX_HTML = "<h1>hello there</h1>\n"
@@ -74,6 +75,14 @@ curl -X POST http://localhost:3000/sandboxes/api-demo/files/upload \\
         "curl -X DELETE "
         '"http://localhost:3000/sandboxes/api-demo/files/old-file.txt?mount_path=/workspace"',
     ],
+    "7": [
+        """\
+curl -X POST http://localhost:3000/sandboxes/api-demo/proxy \\
+  -H "Content-Type: application/json" \\
+  -d '{"port": 80}'""",
+        "curl http://localhost:3000/sandboxes/api-demo/proxy",
+        'curl -X DELETE "http://localhost:3000/sandboxes/api-demo/proxy?subdomain=abc123"',
+    ],
     "8": [
         'curl "http://localhost:3000/sandboxes/api-demo/logs?limit=50"',
         'curl "http://localhost:3000/sandboxes/api-demo/logs?source=stderr&level=error"',
@@ -98,7 +107,10 @@ OURS = ("Images", "Limits and usage", "Pause and resume")
 # Sections 2 to 9 start from what section 2 makes; it makes it itself.
 NEED_THE_SANDBOX = ("3", "4", "5", "6", "8", "9")
 # Printed for their kind, not for their value.
-OF_THE_MOMENT = {"id", "timestamp", "duration_ms", "total", "message", "source", "image_resolved"}
+OF_THE_MOMENT = {
+    *("id", "timestamp", "duration_ms", "total", "message", "source", "image_resolved"),
+    *("subdomain", "sandbox_id", "local_port", "url", "created_at"),
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ def test_the_guides_commands_are_the_contracts() -> None:
     for step in steps():
         found.setdefault(step.section, []).append(step.command)
 
-    assert {name: found[name] for name in CONTRACT} == CONTRACT
+    assert {name: found[name][: len(CONTRACT[name])] for name in CONTRACT} == CONTRACT
     assert set(found) == {*CONTRACT, *OURS}
 
 
@@ -193,6 +205,26 @@ def test_section_6_files(server: Server, desk: Path, demo: None) -> None:
     assert curl(delete.command, server, desk) == ""
     names = [file["name"] for file in json.loads(curl(listing.command, server, desk))["files"]]
     assert sorted(names) == ["hello.txt", "index.html"]
+
+
+def test_section_7_proxy_endpoints(server: Server, desk: Path, demo: None) -> None:
+    create, listing, delete, private, internal = steps("7")
+    serve = {"command": "python3 -m http.server -b 127.0.0.1 80 >/dev/null 2>&1 &"}
+    server.http().post("/sandboxes/api-demo/execute", json=serve)
+
+    made = curl(create.command, server, desk)
+    assert_as_printed(create, made)
+    endpoint = json.loads(made)
+    wait_until(lambda: requests.get(endpoint["url"], timeout=5).ok, "the page is served")
+    assert json.loads(curl(listing.command, server, desk)) == {"proxies": [endpoint]}
+    assert curl(delete.command.replace("abc123", endpoint["subdomain"]), server, desk) == ""
+    with pytest.raises(requests.ConnectionError):
+        requests.get(endpoint["url"], timeout=5)
+    assert json.loads(curl(private.command, server, desk))["is_public"] is False
+    assert internal.printed is not None
+    where = json.loads(curl(internal.command, server, desk))
+    assert where.keys() == json.loads(internal.printed).keys()
+    assert where["url"] == f"http://127.0.0.1:{where['port']}"
 
 
 def test_section_8_logs(server: Server, desk: Path, demo: None) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from heyvm.api.bodies import (
     MAX_EXECUTE_BYTES,
     MAX_JSON_BYTES,
-    MAX_JSON_DEPTH,
     MAX_JSON_TOKENS,
 )
 from heyvm.api.fields import MOST_CIDRS
@@ -15,6 +14,8 @@ from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
 from heyvm.lifecycle import STOP_GRACE_S, TURN_PATIENCE_S
 from heyvm.logs import MAX_MESSAGE_BYTES
 from heyvm.settings import Settings
+from heyvm.strictjson import MAX_JSON_DEPTH
+from heyvm.tokens import MAX_TOKEN_BYTES
 
 DAY_S = 24 * 60 * 60
 MAX_TTL_S = 10 * 365 * DAY_S
@@ -31,6 +32,7 @@ MAX_LOGS = 10_000
 MAX_TEXT = 128 * 1024
 MAX_NAME = 255
 MAX_ITEMS = 10_000
+MAX_PORTS = 128
 MAX_ARGS = 100_000
 MAX_MOUNTS = 64
 MAX_KEY = 255
@@ -43,7 +45,6 @@ MOST_DISK_GB = 16 * 1024
 LOG_FILE_BYTES = 2 * MIB  # the agent's own number; see docs/architecture.md
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 16 * 1024
-MAX_TOKEN_BYTES = 8 * 1024
 FORWARD_S = 10
 FORWARD_BYTES = MIB
 
@@ -73,7 +74,8 @@ LIMITS = (
     Limit("text_characters", MAX_TEXT, "a command, an argument, a hook, a variable"),
     Limit("name_characters", MAX_NAME, "a sandbox's name or image"),
     Limit("arguments", MAX_ARGS, "`args` of execute"),
-    Limit("items", MAX_ITEMS, "variables, ports or hooks of a sandbox"),
+    Limit("items", MAX_ITEMS, "variables or hooks of a sandbox"),
+    Limit("open_ports", MAX_PORTS, "ports of a sandbox that are forwarded from the start"),
     Limit("mounts", MAX_MOUNTS, "mounts of a sandbox"),
     Limit("cpus_default", None, "cores of a sandbox; HEYVM_DEFAULT_CPUS sets it"),
     Limit("cpus_max", None, "the most `cpus`; HEYVM_MAX_CPUS sets it"),

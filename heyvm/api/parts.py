@@ -11,16 +11,19 @@ from flask import current_app
 if TYPE_CHECKING:
     from heyvm.backends.base import Backend
     from heyvm.files import Files
+    from heyvm.gateway import Gateway
     from heyvm.images import Images
     from heyvm.lifecycle import Lifecycle
     from heyvm.logs import Logs
     from heyvm.mounts import Mounts
     from heyvm.processes import Processes
+    from heyvm.proxies import Proxies
     from heyvm.settings import Settings
     from heyvm.usage import Usages
 
 EXTENSION = "heyvm"
 USAGES = "heyvm.usages"
+GATEWAY = "heyvm.gateway"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Services:
     files: Files
     logs: Logs
     mounts: Mounts
+    proxies: Proxies
     images: Images
     backends: Mapping[str, Backend]
 
@@ -63,6 +67,14 @@ def logs() -> Logs:
 
 def mounts() -> Mounts:
     return services().mounts
+
+
+def proxies() -> Proxies:
+    return services().proxies
+
+
+def gateway() -> Gateway:
+    return cast("Gateway", current_app.extensions[GATEWAY])
 
 
 def images() -> Images:

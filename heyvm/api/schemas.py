@@ -169,7 +169,10 @@ def check_target(sandbox_path: str) -> None:
 
 
 def ports(**options: Any) -> fields.Field[Any]:
-    return Items(Whole(validate=between(1, 65535)), validate=at_most(limits.MAX_ITEMS), **options)
+    return Items(Whole(validate=PORT), validate=at_most(limits.MAX_PORTS), **options)
+
+
+PORT = between(1, 65535)
 
 
 def time_to_live(**options: Any) -> Whole:
@@ -229,7 +232,13 @@ class CreateRequest(Body):
         allow_none=True,
         metadata=about("Where commands run; made where missing.", "/workspace"),
     )
-    open_ports = ports(allow_none=True, metadata=about("Ports that listen inside.", [80, 8080]))
+    open_ports = ports(
+        allow_none=True,
+        metadata=about(
+            "Ports that listen inside: each gets one of 127.0.0.1, shown in `port_mappings`.",
+            [80, 8080],
+        ),
+    )
     env_vars = Environment(
         allow_none=True,
         validate=at_most(limits.MAX_ITEMS),
@@ -327,7 +336,10 @@ class PatchRequest(Request):
         validate=at_most(limits.MAX_ITEMS),
         metadata=about("For the next execute and the next start.", {"DEBUG": "true"}),
     )
-    open_ports = ports(allow_none=True, metadata=about("Ports that listen inside.", [8080]))
+    open_ports = ports(
+        allow_none=True,
+        metadata=about("Ports that listen inside; their local ports change with them.", [8080]),
+    )
     ttl_seconds = time_to_live()
     metadata = fields.Dict(
         keys=fields.String(), allow_none=True, metadata=about("Anything of your own.")
@@ -664,6 +676,13 @@ class Resolved(fields.String):
         return value or None
 
 
+class PortMappingInfo(Schema):
+    """A TCP port of 127.0.0.1 that leads to one inside."""
+
+    host_port = always(fields.Integer, "On this machine.", 40123)
+    guest_port = always(fields.Integer, "Inside.", 80)
+
+
 class SandboxInfo(Schema):
     """A sandbox. Every field is always there, null or empty where it is not set."""
 
@@ -727,6 +746,11 @@ class SandboxInfo(Schema):
     working_directory = always(fields.String, "Where commands run.", "/workspace")
     open_ports = fields.List(
         fields.Integer(), required=True, metadata=about("Ports that listen inside.", [80])
+    )
+    port_mappings = fields.List(
+        fields.Nested(PortMappingInfo),
+        required=True,
+        metadata=about("Where they are reached from this machine."),
     )
     env_vars = fields.Dict(
         keys=fields.String(),

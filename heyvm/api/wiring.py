@@ -22,6 +22,7 @@ from heyvm.api import (
     mounts,
     openapi,
     problems,
+    proxy,
     sandboxes,
     system,
     usage,
@@ -33,7 +34,10 @@ from heyvm.usage import Usages
 log = logging.getLogger("heyvm.api")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-BLUEPRINTS = (system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, logs.blp, images.blp)
+BLUEPRINTS = (
+    *(system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, proxy.blp, logs.blp),
+    images.blp,
+)
 
 
 class Api(Flask):
