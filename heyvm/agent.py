@@ -3,7 +3,7 @@
 Lives with the code that the sandbox is there to contain, and so expects anything of it: one loop
 that never blocks and never grows, and a failure that ends a connection, not the agent. Imports no
 more than it must (`json`, `socket` and `signal` alone would triple its start), and nothing of
-heyvm but `frames`; `agent_files` follows with the first file operation.
+heyvm but `frames`; `agent_files` and `agent_ports` follow with the first operation of theirs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable, Generator, Iterator
     from typing import TypeAlias
+
+    from heyvm.agent_ports import Ports
 
     Fields: TypeAlias = dict[str, frames.Value]
 else:
@@ -716,6 +718,7 @@ class Agent:
         self.greeted = self.ready = self.stopping = False
         self.environment: Fields = {}
         self.start_command = StartCommand(self)
+        self.ports: Ports | None = None
         self.listener = _socket.socket(fileno=listen_fd)
         self.listener.settimeout(0)
         self.listener_fd = listen_fd
@@ -1189,6 +1192,12 @@ def file_operation(agent: Agent, connection: Connection, request: Fields) -> Non
     connection.close()
 
 
+def port_operation(agent: Agent, connection: Connection, request: Fields) -> None:
+    from heyvm import agent_ports
+
+    agent_ports.operate(agent, connection, request)
+
+
 def become_worker(fd: int) -> None:
     """Keep nothing of the agent's but this descriptor: a command's stdin would never end."""
     _signal.set_wakeup_fd(-1)
@@ -1203,6 +1212,9 @@ OPERATIONS: dict[bytes, Callable[[Agent, Connection, Fields], None]] = {
     b"stop": stop,
     b"ping": ping,
     b"note": note,
+    b"connect": port_operation,
+    b"listen": port_operation,
+    b"unlisten": port_operation,
 }
 
 

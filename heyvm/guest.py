@@ -23,6 +23,7 @@ from heyvm.errors import (
     HeyvmError,
     Invalid,
     NotFound,
+    PortClosed,
     StorageFull,
 )
 from heyvm.models import ExecResult, FileInfo, Sandbox
@@ -44,6 +45,9 @@ WAIT_S = 5.0
 # A flood of tiny frames must not keep the worker's other requests waiting.
 FRAMES_PER_TURN = 500
 BYTES_PER_TURN = 1024 * 1024
+CONNECT_TIMEOUT_S = 10.0  # the server inside may have a queue
+UNLISTEN_TIMEOUT_S = 3.0
+MAX_RESULT_BYTES = 4096
 CHANGE_TIMEOUT_S = 600.0  # a tree is removed or moved into place before the answer
 MAX_ENTRIES = 100_000
 MAX_LISTING_BYTES = 32 * 1024 * 1024
@@ -227,6 +231,8 @@ def refusal(code: str, message: str, subject: Subject) -> HeyvmError:
     if code in FILE_CODES:
         error, text = FILE_CODES[code]
         return error(text.format(what=what, message=message))
+    if code == "refused":
+        return PortClosed(f"nobody listens on {what} in the sandbox")
     if code == "failed":
         return BackendFailed(f"{what}: {message}")
     return nonsense("an error of a kind that there is not")
@@ -315,6 +321,71 @@ def note(sock: socket.socket, message: str, timeout: float = 5.0) -> None:
     talk = Conversation(sock)
     talk.ask({"op": "note", "message": message})
     talk.answer(Subject("note"), timeout)
+
+
+# -- ports -----------------------------------------------------------------------------------------
+
+
+def connect_port(
+    sock: socket.socket, port: int, name: str, timeout: float = CONNECT_TIMEOUT_S
+) -> None:
+    """Make this connection the one to a port inside: from here on `sock` (blocking, without a
+    timeout) is that stream, byte for byte. Raises `PortClosed` where nobody listens."""
+    talk = Conversation(sock)
+    talk.ask({"op": "connect", "port": port, "name": name})
+    demand_ok(lone_header(sock, time.monotonic() + timeout), Subject(f"port {port}"))
+    sock.settimeout(None)
+
+
+def lone_header(sock: socket.socket, deadline: float) -> Fields:
+    """One header, and no byte of what follows it."""
+    prefix = exactly(sock, frames.PREFIX_BYTES, deadline)
+    size = int.from_bytes(prefix[:4], "big")
+    if prefix[4] != frames.HEADER or size > MAX_RESULT_BYTES:
+        raise nonsense("a frame that is no result")
+    return fields_of(exactly(sock, size, deadline))
+
+
+def exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
+    found = b""
+    while len(found) < size:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            part = sock.recv(size - len(found))
+        except TimeoutError:
+            raise BackendFailed("the sandbox's agent gave no answer in time") from None
+        except OSError as error:
+            raise BackendFailed(f"the connection to the sandbox's agent broke: {error}") from None
+        if not part:
+            raise BackendFailed("the sandbox's agent closed the connection without an answer")
+        found += part
+        if time.monotonic() > deadline:
+            raise BackendFailed("the sandbox's agent gave no answer in time")
+    return found
+
+
+def listen(sock: socket.socket, port: int, name: str, descriptor: int) -> None:
+    """Have every connection to this listening unix socket led to a port inside, until `unlisten` of
+    this name. One that the agent has of this name already is replaced."""
+    subject = Subject(f"port {port}")
+    talk = Conversation(sock)
+    talk.ask({"op": "listen", "port": port, "name": name})
+    if demand_head(talk.header(), subject).get("ready") != 1:
+        raise nonsense("it is not ready for a listener")
+    try:
+        socket.send_fds(sock, [b"L"], [descriptor])
+    except OSError as error:
+        raise BackendFailed(f"the sandbox's agent does not take a listener: {error}") from None
+    talk.answer(subject)
+
+
+def unlisten(
+    sock: socket.socket, name: str, *, keep: bool = False, timeout: float = UNLISTEN_TIMEOUT_S
+) -> None:
+    """Cut every connection of this name, however it came; without `keep` listen no more for it."""
+    talk = Conversation(sock)
+    talk.ask({"op": "unlisten", "name": name, "keep": int(keep)})
+    talk.answer(Subject(f"endpoint {name}"), timeout)
 
 
 # -- execute ---------------------------------------------------------------------------------------

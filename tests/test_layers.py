@@ -47,10 +47,11 @@ BESIDE = {
     "heyvm.oci": 5,
     "heyvm.agent": 5,
     "heyvm.agent_files": 5,
+    "heyvm.agent_ports": 5,
     "heyvm": 5,
 }
 # What runs inside a sandbox: these files are copied there, and nothing else of ours.
-INSIDE = {"heyvm.agent", "heyvm.agent_files", "heyvm.frames"}
+INSIDE = {"heyvm.agent", "heyvm.agent_files", "heyvm.agent_ports", "heyvm.frames"}
 # The keeper stands beside the API: neither knows the other.
 STRANGERS = (("heyvm.keeper", "heyvm.api"), ("heyvm.keeper", "app"), ("app", "heyvm.keeper"))
 # Each of these has one door.
