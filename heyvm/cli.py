@@ -1,4 +1,4 @@
-"""The `heyvm` command: serves, checks the machine, keeps images, makes tokens, purges."""
+"""The `heyvm` command: serves, keeps, checks the machine, keeps images, makes tokens, purges."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import argparse
 import os
 import re
 import sys
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from heyvm import __version__, imagecli
@@ -79,11 +77,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--dev", action="store_true", help="AUTH_SERVER_URL defaults to http://localhost:3001"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_keeper(commands)
     _add_doctor(commands)
     imagecli.add_to(commands)
     _add_token(commands)
     _add_purge(commands)
     return parser
+
+
+def _add_keeper(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    keeper = commands.add_parser(
+        "keeper",
+        help="keep what the server has made, in a process of its own",
+        description="Expire sandboxes, mend what a crash left and listen on local ports, until"
+        " SIGTERM. A server starts a keeper itself where there is none; this one, for a service"
+        " manager, goes on while the server is restarted. Where there is a keeper already it waits"
+        " as a spare.",
+    )
+    keeper.set_defaults(command=keep)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -133,12 +144,34 @@ def _add_purge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def serve(options: argparse.Namespace) -> int:
     """Become gunicorn. Does not return unless that fails."""
+    given = {
+        "HEYVM_HOST": options.host,
+        "HEYVM_PORT": options.port,
+        "HEYVM_WORKERS": options.workers,
+        "HEYVM_DEBUG": "1" if options.debug else None,
+        "HEYVM_DEV": "1" if options.dev else None,
+    }
+    return _become(["gunicorn", "-c", "python:heyvm.serving", "wsgi:app"], given)
+
+
+def keep(options: argparse.Namespace) -> int:
+    """`heyvm keeper`: become it. Does not return unless that fails."""
+    from heyvm import settings
+
+    for notice in settings.from_env(os.environ).notices:
+        print(f"heyvm keeper: {notice}", file=sys.stderr)
+    # Parts of what is made are for a sandbox's ids too: as in serving.on_starting.
+    os.umask(0o022)
+    # It ends by itself alone, whoever's child it is.
+    os.environ.pop("HEYVM_ALIVE_FD", None)
+    return _become(["heyvm.keeper", "--spare"], {})
+
+
+def _become(module: Sequence[str], given: Mapping[str, object]) -> int:
+    environ = _server_environ(given)
     # `app` and `wsgi` are found from here, whatever lies in the directory that it was called in.
-    root = Path(__file__).resolve().parent.parent
-    environ = _server_environ(options)
-    os.chdir(root)
-    command = [sys.executable, "-m", "gunicorn", "-c", "python:heyvm.serving", "wsgi:app"]
-    os.execve(sys.executable, command, environ)
+    os.chdir(Path(__file__).resolve().parent.parent)
+    os.execve(sys.executable, [sys.executable, "-m", *module], environ)
 
 
 def diagnose(options: argparse.Namespace) -> int:
@@ -157,38 +190,25 @@ def purge_all(options: argparse.Namespace) -> int:
 
 def print_token(options: argparse.Namespace) -> int:
     """`heyvm token`"""
-    import jwt
-
-    from heyvm import settings
+    from heyvm import settings, tokens
 
     known = settings.from_env(os.environ)
     if known.jwt_secret is None:
         raise Misconfigured("JWT_SECRET is not set: give the one that the server has")
     for notice in known.notices:
         print(f"heyvm: {notice}", file=sys.stderr)
-    now = int(time.time())
-    claims = {
-        "sub": options.subject,
-        "aud": options.audience or known.jwt_audience,
-        "iat": now,
-        "exp": None if options.expires_in is None else now + options.expires_in,
-    }
-    set_claims = {name: value for name, value in claims.items() if value is not None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", jwt.InsecureKeyLengthWarning)  # the notices have said it
-        print(jwt.encode(set_claims, known.jwt_secret, algorithm="HS256"))
+    token = tokens.make_token(
+        known.jwt_secret,
+        audience=options.audience or known.jwt_audience,
+        subject=options.subject,
+        ttl_seconds=options.expires_in,
+    )
+    print(token)
     return 0
 
 
-def _server_environ(options: argparse.Namespace) -> dict[str, str]:
+def _server_environ(given: Mapping[str, object]) -> dict[str, str]:
     environ = dict(os.environ)
-    given = {
-        "HEYVM_HOST": options.host,
-        "HEYVM_PORT": options.port,
-        "HEYVM_WORKERS": options.workers,
-        "HEYVM_DEBUG": "1" if options.debug else None,
-        "HEYVM_DEV": "1" if options.dev else None,
-    }
     environ.update({name: str(value) for name, value in given.items() if value is not None})
     # Paths of sandboxes are UTF-8, whatever locale the server is started in.
     environ["PYTHONUTF8"] = "1"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heyvm.errors import BadRequest, Forbidden
+from heyvm.errors import BadRequest, Forbidden, NotFound
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -68,12 +68,17 @@ def _ipv6(table: str) -> list[Address]:
 
 
 def check_host(environ: Mapping[str, Any], hostname: str | None, machine: Machine) -> None:
-    """The Host header must name this machine: localhost, an address of it, or API_HOSTNAME."""
+    """The Host header must name this machine: localhost, an address of it, or API_HOSTNAME.
+
+    Below API_HOSTNAME, `api.` is this server too, and no other name: those are endpoints'.
+    """
     given = environ.get("HTTP_HOST")
     if given is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
         return  # no browser sends that; health checks of load balancers do
     name = host_name(given or "")
     check_target(environ.get("RAW_URI", "/"), given or "")
+    if label_of(name, hostname) is not None and name != f"api.{hostname}":
+        raise NotFound(f"there is nothing under the name {name!r}")
     if not (name == "localhost" or is_below(name, hostname) or is_own(name, machine)):
         raise Forbidden(
             f"the Host {given!r} is not this machine: use localhost or an address of it, or set"
@@ -100,6 +105,13 @@ def host_name(authority: str) -> str:
 
 def is_below(name: str, hostname: str | None) -> bool:
     return hostname is not None and (name == hostname or name.endswith("." + hostname))
+
+
+def label_of(name: str, base: str | None) -> str | None:
+    """What stands before `.base`; None for a name that is not below it."""
+    if base is None or not name.endswith("." + base):
+        return None
+    return name.removesuffix("." + base)
 
 
 def is_own(name: str, machine: Machine) -> bool:

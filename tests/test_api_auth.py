@@ -14,9 +14,8 @@ import jwt
 import pytest
 from flask.testing import FlaskClient
 
-from heyvm.api.auth import make_token
-from heyvm.api.limits import MAX_TOKEN_BYTES
 from heyvm.errors import Misconfigured
+from heyvm.tokens import MAX_TOKEN_BYTES, make_token
 from tests.fake_domain import fake_app, problem
 
 pytest_plugins = ["tests.fake_domain"]

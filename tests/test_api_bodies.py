@@ -9,8 +9,9 @@ from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heyvm.api.bodies import MAX_JSON_BYTES, MAX_JSON_DEPTH, parse_json
+from heyvm.api.bodies import MAX_JSON_BYTES
 from heyvm.errors import BadRequest
+from heyvm.strictjson import MAX_JSON_DEPTH, parse_json
 from tests.fake_domain import problem
 
 pytest_plugins = ["tests.fake_domain"]

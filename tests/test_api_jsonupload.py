@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heyvm.api.bodies import parse_json
 from heyvm.api.jsonupload import JsonUpload, content_start
 from heyvm.errors import BadRequest, HeyvmError, Invalid, TooLarge
+from heyvm.strictjson import parse_json
 
 
 def take(text: bytes, size: int) -> tuple[tuple[str, str], bytes, bool]:

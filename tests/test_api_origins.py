@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from heyvm.api.origins import local_addresses
+from heyvm.origins import local_addresses
 from tests.fake_domain import fake_app, problem
 
 pytest_plugins = ["tests.fake_domain"]
@@ -131,10 +131,15 @@ def test_a_host_that_is_none_is_a_400(host: str, api: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["example.com", "EXAMPLE.com:443", "a.example.com", "a.b.example.com.", "localhost"]
+    "host", ["example.com", "EXAMPLE.com:443", "api.example.com", "Api.Example.com.", "localhost"]
 )
-def test_api_hostname_and_below_are_hosts(host: str, named: FlaskClient) -> None:
+def test_api_hostname_and_api_below_it_are_hosts(host: str, named: FlaskClient) -> None:
     assert ask(named, HTTP_HOST=host).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["a.example.com", "a.api.example.com", "xapi.example.com:80"])
+def test_any_other_name_below_api_hostname_is_nothing(host: str, named: FlaskClient) -> None:
+    problem(ask(named, HTTP_HOST=host), 404, "not-found")
 
 
 @pytest.mark.parametrize("host", ["xexample.com", "example.com.evil", "com", ".example.com.x"])
@@ -182,7 +187,7 @@ def test_a_request_line_must_name_the_same_host(api: FlaskClient) -> None:
 
 
 def test_a_health_check_of_http_1_0_needs_no_host(api: FlaskClient) -> None:
-    from heyvm.api.origins import Machine, check_host
+    from heyvm.origins import Machine, check_host
 
     check_host({"SERVER_PROTOCOL": "HTTP/1.0"}, None, Machine())
 

@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "heyvm.processes",
             "heyvm.files",
             "heyvm.mounts",
+            "heyvm.localports",
             "heyvm.logs",
             "heyvm.usage",
         }
@@ -33,10 +34,13 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             "heyvm.models",
             "heyvm.errors",
+            "heyvm.origins",
             "heyvm.problems",
             "heyvm.settings",
             "heyvm.frames",
             "heyvm.directories",
+            "heyvm.strictjson",
+            "heyvm.tokens",
         }
     ),
 )
@@ -44,7 +48,9 @@ LAYERS: tuple[frozenset[str], ...] = (
 BESIDE = {
     "heyvm.locks": 4,
     "heyvm.slugs": 4,
+    "heyvm.control": 5,
     "heyvm.oci": 5,
+    "heyvm.relay": 5,
     "heyvm.agent": 5,
     "heyvm.agent_files": 5,
     "heyvm.agent_ports": 5,
@@ -58,7 +64,8 @@ STRANGERS = (("heyvm.keeper", "heyvm.api"), ("heyvm.keeper", "app"), ("app", "he
 DOORS = {
     "sqlite3": {"heyvm.registry"},
     "pyseccomp": {"heyvm.backends.seccomp"},
-    "jwt": {"heyvm.api.auth", "heyvm.cli"},
+    "jwt": {"heyvm.tokens"},
+    "itsdangerous": {"heyvm.tokens"},
     "flask": {"app", "heyvm.api"},
     "flask_smorest": {"app", "heyvm.api"},
     "marshmallow": {"heyvm.api"},

@@ -1,4 +1,4 @@
-"""Bodies of requests: their types, their sizes, and JSON read so that it means one thing.
+"""Bodies of requests: their types, their sizes, and their JSON.
 
 Reads the server's stream itself: Werkzeug would buffer forms, and take a body that ended early for
 a whole one.
@@ -6,26 +6,23 @@ a whole one.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any
 
 from flask import request
 
 from heyvm.errors import BadRequest, TooLarge, UnsupportedMedia
+from heyvm.strictjson import parse_json
 
 CHUNK_BYTES = 256 * 1024
 MAX_JSON_BYTES = 1024 * 1024
 MAX_EXECUTE_BYTES = 16 * 1024 * 1024
-MAX_JSON_DEPTH = 64
 # Strings, spaces, brackets, commas and words: 16 MiB of `{},` would take ten seconds, in which the
 # worker does nothing else. No text is looked at twice, whatever is in it.
 MAX_JSON_TOKENS = 1024 * 1024
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|\s++|[\[\]{}:,]|[^"\s\[\]{}:,]++', re.DOTALL)
-MAX_INT_DIGITS = 308  # a double, which is what most clients read numbers as, ends there
 
 
 def require_type(*accepted: str) -> None:
@@ -88,87 +85,3 @@ def read_json(limit: int = MAX_JSON_BYTES) -> Any:
 def tokens(text: bytes) -> int:
     """How many there are, as far as it matters."""
     return sum(1 for _ in islice(TOKEN.finditer(text), MAX_JSON_TOKENS + 1))
-
-
-def parse_json(text: bytes) -> Any:
-    """One JSON value in which nothing is left to the reader's taste.
-
-    No NaN, no number that a double cannot hold, no key twice, no half of a surrogate pair, no more
-    than `MAX_JSON_DEPTH` levels. Raises `BadRequest`.
-    """
-    try:
-        value = _DECODER.decode(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"the body is not UTF-8 (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from error
-    except RecursionError as error:
-        raise BadRequest("the JSON is nested too deep") from error
-    _check(value, text)
-    return value
-
-
-def _check(value: Any, text: bytes) -> None:
-    if text.count(b"[") + text.count(b"{") > MAX_JSON_DEPTH:
-        _check_depth(value)
-    if b"\\u" in text:
-        _check_text(value)
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        inner = (child for parent in level for child in _children(parent))
-        level = [child for child in inner if isinstance(child, dict | list)]
-        if not level:
-            return
-    raise BadRequest(f"the JSON is nested deeper than {MAX_JSON_DEPTH} levels")
-
-
-def _check_text(value: Any) -> None:
-    """An escaped half of a surrogate pair is no character: it cannot be written as UTF-8."""
-    if isinstance(value, str) and not _is_text(value):
-        raise BadRequest("the JSON holds half of a surrogate pair")
-    if isinstance(value, dict):
-        _check_text(list(value))
-    for child in _children(value):
-        _check_text(child)
-
-
-def _is_text(value: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise BadRequest("a key stands twice in one JSON object")
-    return made
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_INT_DIGITS:
-        raise BadRequest("a number in the JSON is too large")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise BadRequest("a number in the JSON is too large")
-    return value
-
-
-def _constant(name: str) -> NoReturn:
-    raise BadRequest(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
-)

@@ -16,9 +16,9 @@ from typing import Any
 
 from heyvm.api import paths
 from heyvm.api.blueprint import load
-from heyvm.api.bodies import parse_json
 from heyvm.api.schemas import UploadJson
 from heyvm.errors import BadRequest, Invalid, TooLarge
+from heyvm.strictjson import parse_json
 
 # Possessive (`++`, `*+`): a string that has not ended yet would otherwise be tried in every way.
 TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]:,]|[^"{}\[\]:,\s]++|\s++', re.DOTALL)
