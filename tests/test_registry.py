@@ -28,7 +28,7 @@ from heyvm.errors import (
     StorageFull,
     Unavailable,
 )
-from heyvm.models import INACTIVE, LIVE, Mount, Sandbox, Status
+from heyvm.models import INACTIVE, LIVE, Endpoint, Mount, PortMapping, Sandbox, Status
 from heyvm.registry import BaseTaken, Clock, IdempotencyKey, IdTaken, Registry
 from tests.fake_backend import wait_for
 
@@ -820,3 +820,108 @@ print(worst)
     assert (worker.returncode, complaint) == (0, b"")
     assert float(said) < 0.25
     assert wait_for(lambda: registry.get(sandbox.id).status is Status.STOPPED)
+
+
+# -- endpoints -------------------------------------------------------------------------------------
+
+
+def endpoint(sandbox: Sandbox, name: str = "a" * 16, port: int = 80, **fields: Any) -> Endpoint:
+    return Endpoint(name, sandbox.id, port, fields.pop("created_at", 1.0), **fields)
+
+
+def test_an_endpoint_is_shown_when_it_is_settled(registry: Registry) -> None:
+    one = endpoint(running(registry), is_public=False)
+    registry.add_endpoint(one, limit=2)
+
+    assert (registry.endpoints(), registry.unready_endpoints()) == ([], [one])
+    assert registry.settle_endpoint(one.subdomain) == one
+    assert (registry.endpoints(one.sandbox_id), registry.unready_endpoints()) == ([one], [])
+    assert registry.endpoint(one.subdomain) == one
+
+
+def test_a_subdomain_is_never_given_out_again(registry: Registry) -> None:
+    one = endpoint(running(registry))
+    registry.add_endpoint(one, limit=2, ready=True)
+    registry.remove_endpoint(one.subdomain)
+    assert (registry.endpoints(), registry.endpoint(one.subdomain)) == ([], None)
+
+    with pytest.raises(IdTaken):
+        registry.add_endpoint(one, limit=2)
+    with pytest.raises(NotFound):
+        registry.set_public(one.subdomain, False)
+
+
+def test_endpoints_go_with_their_sandbox(registry: Registry) -> None:
+    sandbox = running(registry, open_ports=(80,))
+    registry.add_endpoint(endpoint(sandbox), limit=5, ready=True)
+    other = endpoint(running(registry, 2), "b" * 16)
+    registry.add_endpoint(other, limit=5, ready=True)
+
+    registry.bury(sandbox.id)
+
+    assert registry.endpoints() == [other]
+    with pytest.raises(IdTaken):
+        registry.add_endpoint(replace(other, subdomain="a" * 16), limit=5)
+
+
+def test_there_are_no_more_endpoints_than_the_limit(registry: Registry) -> None:
+    sandbox = running(registry, open_ports=(80, 81))
+    with pytest.raises(QuotaExceeded):
+        registry.add_endpoint(endpoint(sandbox), limit=2)
+
+
+def test_no_endpoint_is_made_for_a_sandbox_that_is_about_to_go(registry: Registry) -> None:
+    sandbox = running(registry)
+    registry.want(sandbox.id, "deleted")
+    with pytest.raises(NotFound):
+        registry.add_endpoint(endpoint(sandbox), limit=2)
+
+
+def test_open_ports_are_endpoints(registry: Registry) -> None:
+    sandbox = running(registry, open_ports=(80, 8080))
+    first, second = sorted(registry.endpoints(sandbox.id), key=lambda one: one.port)
+    assert (first.kind, first.port, second.port) == ("open", 80, 8080)
+    assert registry.endpoint(first.subdomain) is None
+
+    registry.set_local_port(first.subdomain, 40001, "another than before")
+    assert registry.get(sandbox.id).port_mappings == (PortMapping(40001, 80),)
+
+    changed = registry.amend(sandbox.id, lambda one: replace(one, open_ports=(80, 90)))
+    assert changed.port_mappings == (PortMapping(40001, 80),)
+    assert sorted(one.port for one in registry.endpoints(sandbox.id)) == [80, 90]
+    assert registry.amend(sandbox.id, lambda one: replace(one, open_ports=())).port_mappings == ()
+
+
+def test_open_ports_of_a_version_that_forwarded_none_are_endpoints(path: Path) -> None:
+    before = Registry(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MIGRATIONS", module.MIGRATIONS[:2])
+        before.open()
+    before.close()
+    old = sqlite3.connect(path)
+    old.execute(
+        "INSERT INTO sandboxes (id, name, slug, status, status_changed_at, created_at,"
+        " backend_type, image_resolved, spec, state, warnings, metadata)"
+        " VALUES ('sb-00000001', 'x', 'x', 'stopped', 1, 1, 'file', 'host',"
+        """ '{"open_ports":[80,8080]}', '{}',"""
+        """ '["one", "open_ports are recorded, but not forwarded yet"]', '{}')"""
+    )
+    old.commit()
+    old.close()
+
+    registry = Registry(path)
+
+    assert sorted(one.port for one in registry.endpoints("sb-00000001")) == [80, 8080]
+    assert registry.get("sb-00000001").warnings == ("one",)
+    registry.close()
+
+
+def test_every_server_signs_links_with_its_own_key(path: Path, tmp_path: Path) -> None:
+    keys = []
+    for place in (path, path, tmp_path / "other" / "registry.db"):
+        registry = Registry(place)
+        keys.append(registry.link_key())
+        registry.close()
+
+    assert keys[0] == keys[1] != keys[2]
+    assert len(keys[0]) == 32
