@@ -1,7 +1,9 @@
 """The process that makes what is match what the registry says: `python -m heyvm.keeper`.
 
 One per data directory, whatever the number of servers. It owns nothing that it could not find
-again, so it may be killed at any time; the workers' `watch` starts the next one. Knows no HTTP.
+again, so it may be killed at any time; the workers' `watch` starts the next one, or a spare
+(`heyvm keeper`) takes its place. Listens on local ports (localports.py) and answers the workers
+(control.py).
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
-from heyvm import backends
-from heyvm.errors import HeyvmError
+from heyvm import backends, control
+from heyvm.errors import BadRequest, HeyvmError
 from heyvm.images import Images
 from heyvm.lifecycle import Lifecycle
+from heyvm.models import Endpoint
 from heyvm.registry import Entry, Registry
 from heyvm.settings import Settings, from_env
 from heyvm.usage import SAMPLE_S, Sampler, tell_of_kills, uncounted_kills
@@ -37,6 +41,8 @@ WATCH_S = 0.5
 FAILED_REST_S = 10.0
 OOM_S = 1.0
 SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
+MEND_S = 2.0
+SPARE_S = 0.5
 UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
 LONGEST_REST_S = 30.0
@@ -50,28 +56,58 @@ FLOCK = struct.Struct("hhqqi4x")
 NOT_HANDED_ON = ("JWT_SECRET", "JWT_AUDIENCE")
 
 
+class Ports(Protocol):
+    """What is asked of localports.py, which only a process that gevent has patched can have."""
+
+    def sync(self, sandbox_id: str | None = None) -> None: ...
+
+
+class NoPorts:
+    """Of a keeper that has none."""
+
+    def sync(self, sandbox_id: str | None = None) -> None:
+        """Nothing to do."""
+
+
 class Keeper:
     """Looks again and again, and repairs what differs. A failure in one sandbox stays with it."""
 
-    def __init__(self, lifecycle: Lifecycle, *, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, *, say: Callable[[str], None], ports: Ports | None = None
+    ) -> None:
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
         self._images = Images(lifecycle.registry, lifecycle.settings)
         self._say = _Seldom(say)
         self._works = _Works(say)
+        self._ports = ports or NoPorts()
         self._changes: int | None = None
+        self._synced: int | None = None
         self._running: Sequence[Entry] = ()
         self._sampler = Sampler(lifecycle.settings.run_dir, lifecycle.backend_of)
-        self._rounds = (
+        self._rounds: tuple[_Round, ...] = (
             _Round(0.0, self._expire),
             _Round(0.0, self._attend_unsettled),
             _Round(POLL_S, self._attend_dead),
             _Round(OOM_S, self._look_for_oom),
             _Round(SAMPLE_S, self._sample),
+            _Round(0.0, self._look_at_ports),
+            _Round(MEND_S, self._mend_sockets),
+            _Round(MEND_S, self._remove_unmade),
             _Round(SWEEP_S, self._sweep),
             _Round(UPKEEP_S, self._upkeep),
             _Round(CHORES_S, self._tidy_registry),
         )
+
+    def answer_at(self, server: control.Server) -> None:
+        """Have this server listen for as long as this keeper runs."""
+        self._rounds = (_Round(MEND_S, partial(self._listen, server)), *self._rounds)
+
+    def _listen(self, server: control.Server) -> None:
+        try:
+            server.listen()
+        except OSError as error:
+            self._say(f"workers cannot reach it: {error}")
 
     def run(self, over: threading.Event) -> None:
         """Tick until `over` is set."""
@@ -141,6 +177,45 @@ class Keeper:
 
     def _attend(self, sandbox_id: str) -> None:
         self._works.begin(sandbox_id, lambda: self._lifecycle.attend(sandbox_id))
+
+    def answers(self) -> Mapping[str, control.Operation]:
+        """What workers may ask for; see control.py."""
+        return {"ports": self._answer_ports}
+
+    def _answer_ports(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        sandbox_id = request.get("sandbox_id")
+        if not isinstance(sandbox_id, str):
+            raise BadRequest("sandbox_id is not a text")
+        self._ports.sync(sandbox_id)
+        return {"ok": True}
+
+    def _look_at_ports(self) -> None:
+        changes = self._registry.changes()
+        if changes != self._synced:
+            self._works.begin("ports", partial(self._sync_ports, changes))
+
+    def _sync_ports(self, changes: int) -> None:
+        self._ports.sync()
+        self._synced = changes
+
+    def _mend_sockets(self) -> None:
+        running = [one.sandbox for one in self._running]
+        self._works.begin("mend sockets", partial(self._lifecycle.sockets.mend, running))
+
+    def _remove_unmade(self) -> None:
+        for endpoint in self._registry.unready_endpoints():
+            work = partial(self._remove_if_unmade, endpoint)
+            self._works.begin(f"endpoint {endpoint.subdomain}", work)
+
+    def _remove_if_unmade(self, endpoint: Endpoint) -> None:
+        """An endpoint whose maker, who holds the sandbox's lock meanwhile, died."""
+        with self._lifecycle.hold(endpoint.sandbox_id) as sandbox:
+            unready = {one.subdomain for one in self._registry.unready_endpoints()}
+            if sandbox is None or endpoint.subdomain not in unready:
+                return
+            self._registry.remove_endpoint(endpoint.subdomain)
+            self._lifecycle.sockets.close(sandbox, endpoint)
+        self._ports.sync(endpoint.sandbox_id)
 
     def _sweep(self) -> None:
         for name in self._lifecycle.backends:
@@ -305,26 +380,54 @@ def take_lock(data_dir: Path) -> int | None:
 
 
 def main() -> int:
-    """Be the keeper until the server is gone; 0 at once where there is one already."""
+    """Be the keeper until the server is gone; 0 at once where there is one already, but a spare
+    (`--spare`) waits until there is none."""
     settings = from_env(os.environ)
-    lock = take_lock(settings.data_dir)
+    lock = _wait_for_lock(settings) if "--spare" in sys.argv[1:] else take_lock(settings.data_dir)
     if lock is None:
         return 0
-    from gevent import monkey
+    from gevent import monkey, signal_handler
 
     monkey.patch_all()
     if settings.debug:
         logging.basicConfig(level=logging.DEBUG, format="heyvm keeper: %(message)s")
     over = threading.Event()
+    signal_handler(signal.SIGTERM, over.set)
     threading.Thread(target=_follow, args=(settings.data_dir, lock, over), daemon=True).start()
+    return _keep(settings, over)
+
+
+def _wait_for_lock(settings: Settings) -> int:
+    """The lock, however long another keeper lives. Ends the process at SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while (lock := take_lock(settings.data_dir)) is None:
+        time.sleep(SPARE_S)
+    return lock
+
+
+def _keep(settings: Settings, over: threading.Event) -> int:
+    from heyvm import localports
+    from heyvm.proxies import Proxies
+
+    def sync(sandbox_id: str) -> None:
+        ports.sync(sandbox_id)
+
+    localports.raise_file_limit()
     registry = Registry(settings.data_dir / "registry.db")
-    lifecycle = Lifecycle(registry, backends.build(settings), settings)
+    lifecycle = Lifecycle(registry, backends.build(settings), settings, sync_ports=sync)
+    ports = localports.LocalPorts(registry, Proxies(lifecycle, sync), settings)
     try:
         lifecycle.open()
     except HeyvmError as error:
         _say(error.detail)
         return CANNOT_START
-    Keeper(lifecycle, say=_say).run(over)
+    # Before anything else: nobody else may take the ports meanwhile, and somebody waits for them.
+    # What fails is tried again at every change.
+    with suppress(HeyvmError):
+        ports.sync()
+    keeper = Keeper(lifecycle, say=_say, ports=ports)
+    keeper.answer_at(control.Server(settings.run_dir, keeper.answers()))
+    keeper.run(over)
     return 0
 
 

@@ -704,6 +704,19 @@ class Lifecycle:
                 self._settle_left(entry)
             return True
 
+    @contextmanager
+    def hold(self, sandbox_id: str) -> Iterator[Sandbox | None]:
+        """A sandbox that nobody acts on, locked meanwhile; None where somebody does, or it went."""
+        held = self._try_lock(sandbox_id)
+        if held is None:
+            yield None
+            return
+        with held:
+            sandbox = self.registry.find(sandbox_id)
+            if sandbox is None:
+                held.discard()
+            yield sandbox
+
     def _hurry(self, sandbox_id: str) -> None:
         with suppress(NotFound):
             entry = self.registry.entry(sandbox_id)

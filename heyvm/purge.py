@@ -19,7 +19,15 @@ LAUNCHER_END_S = 2.0
 REGISTRY = "registry.db"
 # The directory may hold what is not ours, so that it is not removed as a whole.
 MADE = ("sandboxes", "images", "trash", "bundle", "host", "seccomp-*.bpf", f"{REGISTRY}*")
-MADE_TO_RUN = ("agents", "visits", "locks", "pasta", "usage.json*", "forwarding.json*")
+MADE_TO_RUN = (
+    "agents",
+    "visits",
+    "locks",
+    "pasta",
+    "usage.json*",
+    "forwarding.json*",
+    "keeper.sock*",
+)
 
 
 def run(settings: Settings, *, sure: bool) -> int:

@@ -43,7 +43,7 @@ def shown(value: int | str | None) -> str:
 def help_text() -> str:
     return "\n\n".join(
         f"```text\n$ heyvm {' '.join([*words, '--help'])}\n{help_of(*words)}\n```"
-        for words in ((), ("doctor",), ("images",), ("token",), ("purge",))
+        for words in ((), ("keeper",), ("doctor",), ("images",), ("token",), ("purge",))
     )
 
 

@@ -26,10 +26,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             "heyvm.mounts",
             "heyvm.localports",
             "heyvm.logs",
+            "heyvm.proxies",
             "heyvm.usage",
         }
     ),
-    frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest", "heyvm.images"}),
+    frozenset({"heyvm.registry", "heyvm.backends", "heyvm.guest", "heyvm.images", "heyvm.sockets"}),
     frozenset(
         {
             "heyvm.models",
