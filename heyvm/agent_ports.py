@@ -164,8 +164,11 @@ class Relay:
                 sock = _socket.socket(family, STREAM, 0)
             except OSError:  # no such family here, or no descriptor
                 continue
+            sock.connect_ex((host, port))
+            # Always "in progress", for the socket was busy with the call when the answer came. On
+            # loopback that is there already; asked again, the kernel tells.
             failure = sock.connect_ex((host, port))
-            if failure == errno.EINPROGRESS:
+            if failure in (errno.EALREADY, errno.EINPROGRESS):
                 self._wait(sock, port, places[at + 1 :])
                 return
             if not failure and is_another(sock, port):
@@ -293,7 +296,7 @@ class Side:
     def __init__(self, relay: Relay, fd: int) -> None:
         self.relay, self.fd = relay, fd
         self.ports, self.loop = relay.ports, relay.loop
-        self.pending: bytes | memoryview = b""  # for it to take
+        self.pending: bytes = b""  # for it to take
         self.over = False  # nothing more is read from it
         self.gone = 0  # the bits with which it told of an end
 
@@ -343,7 +346,7 @@ class Side:
             self.deafen()
             return
         if sent < len(chunk):
-            self.keep(memoryview(chunk)[sent:])
+            self.keep(chunk[sent:])
             self.loop.watch(self.fd, IN_AND_OUT, self.ready)
 
     def flush(self) -> None:
@@ -371,8 +374,8 @@ class Side:
             self.other.told_the_end()
 
     def told_the_end(self) -> None:
-        """All that the other has said is written: say so, or close where both are done."""
-        if self.over or self.other.gone & HANGUP_BITS:
+        """All that the other has said is written: say so, or close where nothing is left to do."""
+        if self.other.gone & HANGUP_BITS or (self.over and not self.other.pending):
             self.relay.close()
             return
         try:
@@ -389,13 +392,10 @@ class Side:
         did not read to its end), and then this is over."""
         self.keep(b"")
         self.other.over = True
-        if self.over:
-            self.relay.close()
-        else:
-            self.gone |= select.EPOLLERR
-            self.pump()
+        self.gone |= select.EPOLLERR
+        self.pump()
 
-    def keep(self, rest: bytes | memoryview) -> None:
+    def keep(self, rest: bytes) -> None:
         self.ports.held += len(rest) - len(self.pending)
         self.pending = rest
 
