@@ -48,7 +48,7 @@ def test_with_api_hostname_it_has_a_name_and_no_local_port(tmp_path: Path) -> No
     assert made["local_port"] is None
 
 
-@pytest.mark.parametrize("port", [0, -1, 65536, 80.5, "80", True, None, [80], 10**400])
+@pytest.mark.parametrize("port", [0, -1, 65536, 80.5, "80", True, None, [80]])
 def test_what_is_no_port_is_a_422(port: Any, api: FlaskClient) -> None:
     found = problem(api.post(PROXY, json={"port": port}), 422, "invalid")
 

@@ -19,7 +19,7 @@ pytest_plugins = ["tests.fake_domain"]
 
 FIELDS = """id name slug status status_changed_at sandbox_type image image_resolved backend_type
     ttl_seconds expires_at created_at uptime uptime_secs cpu_usage memory_usage start_command
-    working_directory open_ports
+    working_directory open_ports port_mappings
     env_vars setup_hooks mounts network size_class cpus memory pids disk_size_gb ids oom_kills
     status_detail error_message warnings metadata""".split()
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")

@@ -657,7 +657,6 @@ def test_each_field_that_is_sent_is_replaced(lifecycle: Lifecycle, backend: File
     assert (changed.name, changed.slug) == ("new", "old")
     assert (changed.env_vars, changed.metadata) == ({"B": "3"}, {"x": 1})
     assert (changed.open_ports, changed.start_command) == ((8080,), "serve")
-    assert changed.warnings == ("open_ports are recorded, but not forwarded yet",)
     assert changed == lifecycle.get(sandbox.id)
     (order,) = backend.orders("start")
     assert (order["command"], order["env"]["B"]) == (b"serve", b"3")

@@ -9,7 +9,7 @@ from marshmallow import Schema, fields
 
 from heyvm.api import limits
 from heyvm.api.blueprint import STORED, Blueprint
-from heyvm.api.fields import Form, Moment, Text, Whole, at_most
+from heyvm.api.fields import Flag, Form, Moment, Text, Whole, at_most
 from heyvm.api.parts import gateway, proxies, settings
 from heyvm.api.schemas import PORT, Query, Request, about, always, digits
 from heyvm.errors import BackendFailed, Conflict, Invalid, QuotaExceeded, TooLarge, UnsupportedMedia
@@ -26,10 +26,8 @@ class ProxyRequest(Request):
     """Which port is to be reached, and by whom."""
 
     port = Whole(required=True, validate=PORT, metadata=about("A port inside.", 80))
-    is_public = fields.Boolean(
+    is_public = Flag(
         load_default=True,
-        truthy={True},
-        falsy={False},
         metadata=about("False: only for those who may call the API, or have a link.", True),
     )
 
@@ -37,9 +35,7 @@ class ProxyRequest(Request):
 class ProxyChange(Request):
     """Who may reach it."""
 
-    is_public = fields.Boolean(
-        required=True, truthy={True}, falsy={False}, metadata=about("See POST.", False)
-    )
+    is_public = Flag(required=True, metadata=about("See POST.", False))
 
 
 class LinkRequest(Request):
