@@ -135,9 +135,8 @@ class Proxies:
         if sandbox is None:
             raise NotFound("the sandbox of this endpoint is gone")
         if sandbox.status is not Status.RUNNING:
-            raise Unavailable(
-                f"the sandbox of this endpoint is {sandbox.status}", sandbox_id=sandbox.id
-            )
+            # No id: whoever meets a public endpoint may read this.
+            raise Unavailable(f"the sandbox of this endpoint is {sandbox.status}")
         stream = self.lifecycle.backend_of(sandbox).connect(sandbox)
         try:
             guest.connect_port(stream, endpoint.port, endpoint.subdomain)
