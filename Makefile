@@ -54,12 +54,12 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 packages:
-	@deploy/need python3:python3 bwrap:bubblewrap '/usr/lib/*/libseccomp.so.2':libseccomp2
-	@deploy/need --or-go-on skopeo:skopeo umoci:umoci zstd:zstd xz:xz-utils bzip2:bzip2 nft:nftables ip:iproute2 \
-		pasta:passt newuidmap:uidmap
+	@deploy/need @deploy/packages.must
+	@deploy/need --or-go-on @deploy/packages.may
 
 test-packages:
-	@deploy/need --or-go-on curl:curl gcc:gcc '/usr/include/*/sys/types.h':libc6-dev \
+	@deploy/need --or-go-on --without-services curl:curl gcc:gcc nginx:nginx-light chromium:chromium openssl:openssl \
+		'/usr/include/*/sys/types.h':libc6-dev \
 		node:nodejs npm:npm docker-registry:docker-registry htpasswd:apache2-utils \
 		mmdebstrap:mmdebstrap iptables:iptables sysctl:procps mkfs.ext4:e2fsprogs \
 		/var/lib/dpkg/info/busybox-static.list:busybox-static $$([ "$$(uname -m)" != x86_64 ] || echo /usr/include/x86_64-linux-gnu/gnu/stubs-x32.h:gcc-multilib)
