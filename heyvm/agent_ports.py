@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 MAX_RELAYS = 1024
 MAX_LISTENERS = 1024
 MAX_NAME_BYTES = 64
-# Descriptors that are not for relays: commands and the host's own connections go on.
-SPARE_FILES = 1024
 ACCEPTS_PER_EVENT = 16
+MAX_BACKLOG = 4096
 CHUNK_BYTES = 64 * 1024
 CHUNKS_PER_EVENT = 4
 # What all relays may hold together in pieces of full size; then pieces are small, so that a
@@ -63,8 +62,9 @@ class Ports:
         self.relays: set[Relay] = set()
         self.held = 0  # bytes in all relays
         self.crowded = False
+        # A relay has two descriptors. A quarter is for the rest: commands, the host's connections.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.most = max(1, min(MAX_RELAYS, (files - SPARE_FILES) // 2))
+        self.most = min(MAX_RELAYS, files * 3 // 8)
 
     @property
     def full(self) -> bool:
@@ -137,6 +137,14 @@ class Listener:
                 return
             posix.set_blocking(fd, False)
             ports.dial(Accepted(ports, self.name, fd), self.port)
+
+    def turn_away(self) -> None:
+        """Those who have connected and were not accepted yet."""
+        for _ in range(MAX_BACKLOG):
+            try:
+                posix.close(self.sock._accept()[0])  # type: ignore[attr-defined]
+            except OSError:
+                return
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -430,7 +438,10 @@ def listen(ports: Ports, connection: Connection, request: Fields) -> None:
 
 def unlisten(ports: Ports, connection: Connection, request: Fields) -> None:
     name = name_of(request)
-    if not number(request, "keep", 0):
+    listener = ports.listeners.get(name)
+    if number(request, "keep", 0) and listener is not None:
+        listener.turn_away()
+    else:
         ports.end_listener(name)
     ports.cut(name)
     connection.finish({"ok": 1})

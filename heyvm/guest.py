@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from heyvm import frames
+from heyvm import frames, metrics
 from heyvm.errors import (
     BackendFailed,
     BadRequest,
@@ -46,6 +46,7 @@ WAIT_S = 5.0
 FRAMES_PER_TURN = 500
 BYTES_PER_TURN = 1024 * 1024
 CONNECT_TIMEOUT_S = 10.0  # the server inside may have a queue
+LISTEN_TIMEOUT_S = 5.0
 UNLISTEN_TIMEOUT_S = 3.0
 MAX_RESULT_BYTES = 4096
 CHANGE_TIMEOUT_S = 600.0  # a tree is removed or moved into place before the answer
@@ -98,7 +99,7 @@ class Conversation:
         try:
             self.sock.sendall(data)
         except TimeoutError:
-            raise BackendFailed("the sandbox's agent does not read") from None
+            raise failed("deaf", "the sandbox's agent does not read") from None
 
     def ask(self, fields: dict[str, frames.Writable]) -> None:
         logger.debug("agent call %s", fields["op"])
@@ -138,9 +139,10 @@ class Conversation:
                 raise nonsense("it began a frame and did not end it") from None
             return False
         except OSError as error:
-            raise BackendFailed(f"the connection to the sandbox's agent broke: {error}") from None
+            why = f"the connection to the sandbox's agent broke: {error}"
+            raise failed("broken", why) from None
         if not received:
-            raise BackendFailed("the sandbox's agent closed the connection without an answer")
+            raise failed("closed", "the sandbox's agent closed the connection without an answer")
         self._splitter.feed(received)
         return True
 
@@ -158,7 +160,8 @@ class Conversation:
         while (found := self.ready()) is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise BackendFailed(f"the sandbox's agent gave no answer for {timeout:.0f} s")
+                why = f"the sandbox's agent gave no answer for {timeout:.0f} s"
+                raise failed("silent", why)
             self.receive(left)
         return found
 
@@ -184,7 +187,13 @@ class Subject:
 
 
 def nonsense(why: str) -> BackendFailed:
-    return BackendFailed(f"the sandbox's agent talks nonsense: {why}")
+    return failed("nonsense", f"the sandbox's agent talks nonsense: {why}")
+
+
+def failed(kind: str, detail: str) -> BackendFailed:
+    """A conversation that has failed is counted, by its kind."""
+    metrics.here().agent_failed(kind)
+    return BackendFailed(detail)
 
 
 def fields_of(payload: bytes) -> Fields:
@@ -234,7 +243,7 @@ def refusal(code: str, message: str, subject: Subject) -> HeyvmError:
     if code == "refused":
         return PortClosed(f"nobody listens on {what} in the sandbox")
     if code == "failed":
-        return BackendFailed(f"{what}: {message}")
+        return failed("failed", f"{what}: {message}")
     return nonsense("an error of a kind that there is not")
 
 
@@ -364,19 +373,21 @@ def exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
     return found
 
 
-def listen(sock: socket.socket, port: int, name: str, descriptor: int) -> None:
+def listen(
+    sock: socket.socket, port: int, name: str, descriptor: int, timeout: float = LISTEN_TIMEOUT_S
+) -> None:
     """Have every connection to this listening unix socket led to a port inside, until `unlisten` of
     this name. One that the agent has of this name already is replaced."""
     subject = Subject(f"port {port}")
     talk = Conversation(sock)
     talk.ask({"op": "listen", "port": port, "name": name})
-    if demand_head(talk.header(), subject).get("ready") != 1:
+    if demand_head(talk.header(timeout), subject).get("ready") != 1:
         raise nonsense("it is not ready for a listener")
     try:
         socket.send_fds(sock, [b"L"], [descriptor])
     except OSError as error:
         raise BackendFailed(f"the sandbox's agent does not take a listener: {error}") from None
-    talk.answer(subject)
+    talk.answer(subject, timeout)
 
 
 def unlisten(

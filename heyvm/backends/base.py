@@ -6,6 +6,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from heyvm.errors import Unsupported
@@ -119,6 +120,12 @@ class Backend(ABC):
     def oom_kills(self, sandbox: Sandbox) -> int | None:
         """That of its reading alone, which the keeper asks for more often."""
         return self.usage(sandbox).oom_kills
+
+    def listener(self, place: Path, gid: int | None) -> socket.socket:
+        """A new unix socket at this path that listens, for an agent (`guest.listen`). Whoever may
+        use its directory may connect to it: the group, where one is given, else our user alone.
+        What is at the path already goes; nothing is left there when it raises."""
+        raise Unsupported(f"backend {self.name} has no sockets for proxy endpoints")
 
     @abstractmethod
     def sweep(self, strays: frozenset[str]) -> None:

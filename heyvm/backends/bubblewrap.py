@@ -36,6 +36,7 @@ from heyvm.settings import Settings
 LAUNCHER = Path(__file__).with_name("launcher.py")
 START_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 4.0
+LISTENER_TIMEOUT_S = 10.0
 REMOVE_TIMEOUT_S = 600.0
 OLDEST_BWRAP = (0, 8, 0)  # the first with --perms on tmpfs and --cap-add for a namespace's root
 MKFS = "/usr/sbin:/sbin:/usr/bin:/bin"  # where mkfs.ext4 is; not always in a user's PATH
@@ -440,6 +441,14 @@ class Bubblewrap(Backend):
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def listener(self, place: Path, gid: int | None) -> socket.socket:
+        spec = {"action": "listen", "dir": str(place.parent), "name": place.name, "gid": gid}
+        with self.launcher.ask(spec) as words:
+            (descriptor,) = words.expect(
+                b"L", LISTENER_TIMEOUT_S, failing="the endpoint's socket could not be made"
+            )
+        return socket.socket(fileno=descriptor)
+
     # --- ending ---------------------------------------------------------------------------------
 
     def stop(self, sandbox: Sandbox, *, grace: float) -> None:
@@ -731,7 +740,9 @@ class Words:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
-    def expect(self, word: bytes, timeout: float) -> list[int]:
+    def expect(
+        self, word: bytes, timeout: float, *, failing: str = "the sandbox could not be started"
+    ) -> list[int]:
         """Wait for `word`; the descriptors that came with it. Raises what is said instead."""
         self._sock.settimeout(timeout)
         try:
@@ -748,7 +759,7 @@ class Words:
             number, _, why = text[1:].partition(" ")
             if int(number) in FULL:
                 raise StorageFull(f"the sandbox could not be made: {why}")
-            raise BackendFailed(f"the sandbox could not be started: {why}")
+            raise BackendFailed(f"{failing}: {why}")
         raise BackendFailed(f"the launcher died, or said what it never says: {text!r}")
 
     def is_done(self, timeout: float) -> bool:

@@ -38,7 +38,8 @@ else:
 
 REQUEST_BYTES = 1 << 20
 AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
-CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+BACKLOG = 4096  # or as many as net.core.somaxconn allows: what waits there, waits for the agent
 PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP = 28, 0x4
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
@@ -822,6 +823,51 @@ def open_log(spec: Spec, say: int) -> None:
     socket.send_fds(socket.socket(fileno=os.dup(say)), [b"L"], [log])
 
 
+def open_listener(spec: Spec, say: int) -> None:
+    """Make a listening unix socket, for an agent to have. Nobody can connect to it before its owner
+    and mode are right. Its ioctls tell of an empty network namespace."""
+    os.chdir(spec["dir"])
+    name, gid = spec["name"], spec["gid"]
+    sock = socket_of_nowhere()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name)
+    os.umask(0o177)
+    sock.bind(name)
+    try:
+        if gid is not None:
+            os.chown(name, -1, gid, follow_symlinks=False)
+            os.chmod(name, 0o660)
+        sock.listen(BACKLOG)
+        socket.send_fds(socket.socket(fileno=os.dup(say)), [b"L"], [sock.fileno()])
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def socket_of_nowhere() -> socket.socket:
+    if os.geteuid() == 0:
+        unshare(CLONE_NEWNET, "network")
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A child makes it: in the user namespace that this takes, a group could not be given to a file.
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        number = 0
+        if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) < 0:
+            number = ctypes.get_errno()
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        socket.send_fds(theirs, [bytes([number])], [made.fileno()])
+        os._exit(0)
+    theirs.close()
+    said, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(pid, 0)
+    ours.close()
+    if said != b"\0":
+        number = said[0] if said else errno.EPERM
+        raise OSError(number, f"unshare network: {os.strerror(number)}")
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[0])
+
+
 def try_groups(spec: Spec, say: int) -> None:
     """Nothing is left to be done: we are in them."""
 
@@ -848,6 +894,7 @@ ACTIONS = {
     "add_mount": add_mount,
     "remove_mount": remove_mount,
     "log": open_log,
+    "listen": open_listener,
     "try_groups": try_groups,
     "try_sub_ids": try_sub_ids,
     "try_id_maps": try_id_maps,
