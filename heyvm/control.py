@@ -27,6 +27,7 @@ PAUSE_S = 0.05
 # A worker writes its line at once: who does not is stopped, or not one of ours.
 CLIENT_TIMEOUT_S = 5.0
 AT_ONCE = 64
+BACKLOG = 1024
 
 Operation = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -157,7 +158,7 @@ class Server:
         try:
             listener.bind(new)
             os.chmod(new, 0o600)
-            listener.listen(AT_ONCE)
+            listener.listen(BACKLOG)
             listener.setblocking(False)
             self._made = os.stat(new)
             os.rename(new, self._path)
