@@ -831,12 +831,14 @@ def open_listener(spec: Spec, say: int) -> None:
     sock = socket_of_nowhere()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name)
-    os.umask(0o177)
+    # The owner's x bit, which a socket has no use for, is what nginx can see of one: it tests for
+    # files by -x alone whatever their type (deploy/nginx/heyvm.conf).
+    os.umask(0o077)
     sock.bind(name)
     try:
         if gid is not None:
             os.chown(name, -1, gid, follow_symlinks=False)
-            os.chmod(name, 0o660)
+            os.chmod(name, 0o760)
         sock.listen(BACKLOG)
         socket.send_fds(socket.socket(fileno=os.dup(say)), [b"L"], [sock.fileno()])
     except BaseException:
