@@ -362,14 +362,15 @@ def exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
         try:
             part = sock.recv(size - len(found))
         except TimeoutError:
-            raise BackendFailed("the sandbox's agent gave no answer in time") from None
+            raise failed("silent", "the sandbox's agent gave no answer in time") from None
         except OSError as error:
-            raise BackendFailed(f"the connection to the sandbox's agent broke: {error}") from None
+            why = f"the connection to the sandbox's agent broke: {error}"
+            raise failed("broken", why) from None
         if not part:
-            raise BackendFailed("the sandbox's agent closed the connection without an answer")
+            raise failed("closed", "the sandbox's agent closed the connection without an answer")
         found += part
         if time.monotonic() > deadline:
-            raise BackendFailed("the sandbox's agent gave no answer in time")
+            raise failed("silent", "the sandbox's agent gave no answer in time")
     return found
 
 

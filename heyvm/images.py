@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from heyvm import locks
+from heyvm import journal, locks, metrics
 from heyvm.backends import trees
 from heyvm.errors import HeyvmError, ImageMissing, Invalid, NotFound, StorageFull, Unavailable
 from heyvm.models import Image, ImageConfig
@@ -247,11 +247,13 @@ class Images:
             "plain": self._is_plain(wanted.host),
             "known": self._here(),
         }
-        result = self._run(work, job, tell)
+        with metrics.here().timed("image_pull"):
+            result = self._run(work, job, tell)
         source = f"docker://{wanted.host}/{wanted.path}@{result['source']}"
         image = self._keep(work, result, wanted.short, source)
         if image is not None:
             work.say({"image": image.digest})
+            journal.event("image.pulled", image=wanted.short, digest=image.digest)
         return image
 
     def _follow(self, key: str, tell: Tell) -> Image | None:

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from heyvm import backends, control
+from heyvm import backends, control, journal, metrics
 from heyvm.errors import BadRequest, HeyvmError
 from heyvm.images import Images
 from heyvm.lifecycle import Lifecycle
@@ -111,8 +111,11 @@ class Keeper:
 
     def run(self, over: threading.Event) -> None:
         """Tick until `over` is set."""
+        due = time.monotonic()
         while not over.is_set():
+            metrics.here().ticked(max(0.0, time.monotonic() - due))
             self.tick()
+            due = time.monotonic() + TICK_S
             over.wait(TICK_S)
 
     def tick(self) -> None:
@@ -170,6 +173,7 @@ class Keeper:
         kills = uncounted_kills(sandbox, backend)
         if kills > 0:
             self._registry.count_oom(sandbox_id, kills)
+            journal.event("sandbox.out-of-memory", sandbox.id, sandbox.slug, kills=kills)
             tell_of_kills(sandbox, backend, kills)
 
     def _sample(self) -> None:
@@ -226,6 +230,7 @@ class Keeper:
         strays = self._strays(name)
         self._lifecycle.backends[name].sweep(strays)
         if strays:
+            journal.event("keeper.removed-left-overs", sandboxes=sorted(strays))
             self._say(f"removed left-overs of {', '.join(sorted(strays))}")
 
     def _upkeep(self) -> None:
@@ -243,6 +248,7 @@ class Keeper:
         self._registry.purge()
         self._registry.checkpoint()
         self._registry.keep_ballast()
+        metrics.tidy(self._lifecycle.settings.run_dir)
 
 
 class _Seldom:
@@ -389,7 +395,10 @@ def main() -> int:
     from gevent import monkey, signal_handler
 
     monkey.patch_all()
-    if settings.debug:
+    if settings.log_json:
+        journal.begin_json("keeper")
+        logging.getLogger("heyvm").setLevel(logging.DEBUG if settings.debug else logging.WARNING)
+    elif settings.debug:
         logging.basicConfig(level=logging.DEBUG, format="heyvm keeper: %(message)s")
     over = threading.Event()
     signal_handler(signal.SIGTERM, over.set)
@@ -425,9 +434,12 @@ def _keep(settings: Settings, over: threading.Event) -> int:
     # What fails is tried again at every change.
     with suppress(HeyvmError):
         ports.sync()
+    metrics.begin(settings.run_dir)
+    journal.event("keeper.started")
     keeper = Keeper(lifecycle, say=_say, ports=ports)
     keeper.answer_at(control.Server(settings.run_dir, keeper.answers()))
     keeper.run(over)
+    journal.event("keeper.stopped")
     return 0
 
 

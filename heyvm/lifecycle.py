@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from heyvm import guest, locks, slugs
+from heyvm import guest, journal, locks, metrics, slugs
 from heyvm.backends.base import Backend
 from heyvm.directories import demand_safe, make_private
 from heyvm.errors import (
@@ -126,7 +126,13 @@ class Lifecycle:
 
     def get(self, ref: str) -> Sandbox:
         """The sandbox of this id or slug; `NotFound` says when and why one went."""
-        return self.registry.get(ref)
+        sandbox = self.registry.get(ref)
+        journal.about(sandbox.id, sandbox.slug)
+        return sandbox
+
+    def counts(self) -> Mapping[Status, int]:
+        """How many sandboxes there are in each state."""
+        return self.registry.counts()
 
     def list(
         self,
@@ -201,10 +207,12 @@ class Lifecycle:
         if held is None:
             return self._settled(sandbox.id, wait), True
         log.debug("create %s (%s)", sandbox.id, sandbox.slug)
+        journal.about(sandbox.id, sandbox.slug)
+        _say("created", sandbox)
         or_host = spec.backend_type is None and not self.settings.strict_images
         if wait:
             return self._provision(sandbox, held, or_host), False
-        work = partial(self._provision_unseen, sandbox, held, or_host)
+        work = journal.carried(partial(self._provision_unseen, sandbox, held, or_host))
         threading.Thread(target=work, daemon=True).start()
         return sandbox, False
 
@@ -363,7 +371,7 @@ class Lifecycle:
     ) -> Sandbox:
         """`seen`: somebody waits for the answer, and need not find a row to learn of a refusal."""
         note = _Note(partial(self.registry.record, sandbox.id))
-        with held:
+        with held, metrics.here().timed("create"):
             try:
                 return self._bring_up(sandbox, note, hooks=sandbox.setup_hooks, or_host=or_host)
             except HeyvmError as error:
@@ -383,6 +391,7 @@ class Lifecycle:
         self.backend_of(sandbox).destroy(sandbox)
         self.registry.remove(sandbox.id)
         held.discard()
+        _say("refused", sandbox)
 
     # -- start and stop --------------------------------------------------------------------------
 
@@ -410,6 +419,7 @@ class Lifecycle:
                 self.sockets.show(sandbox)
                 self._settled_paused(sandbox, False)
                 raise
+            _say("paused", sandbox)
             return paused
 
     def resume(self, ref: str) -> Sandbox:
@@ -424,7 +434,9 @@ class Lifecycle:
     def _resume(self, sandbox: Sandbox) -> Sandbox:
         self.backend_of(sandbox).resume(sandbox)
         self.sockets.show(sandbox)
-        return self._settled_paused(sandbox, False)
+        resumed = self._settled_paused(sandbox, False)
+        _say("resumed", sandbox)
+        return resumed
 
     def _settled_paused(self, sandbox: Sandbox, paused: bool) -> Sandbox:
         settled = self.registry.settle_paused(sandbox.id, paused)
@@ -491,6 +503,7 @@ class Lifecycle:
         settled = self.registry.settle_stopped(sandbox.id)
         if settled is None:
             raise self._interrupted(sandbox)
+        _say("stopped", settled)
         return settled
 
     def _bring_up(
@@ -513,6 +526,7 @@ class Lifecycle:
         settled = self.registry.settle_running(sandbox.id)
         if settled is None:
             raise self._interrupted(sandbox)
+        _say("started", settled)
         return settled
 
     def _sync(self, sandbox_id: str) -> None:
@@ -580,6 +594,8 @@ class Lifecycle:
             raise self._interrupted(sandbox) from error
         if isinstance(error, HookFailed):
             self.registry.amend(sandbox.id, _with_hooks_undone)
+        # Its class alone: a hook's last words stand in the detail.
+        _say("failed", sandbox, why=type(error).__name__)
         error.sandbox_id = sandbox.id
 
     def _interrupted(self, sandbox: Sandbox) -> HeyvmError:
@@ -636,6 +652,7 @@ class Lifecycle:
         self.sockets.remove_all(entry.sandbox.id)
         self.registry.bury(entry.sandbox.id)
         held.discard()
+        _say("expired" if entry.wanted == "expired" else "deleted", entry.sandbox)
         if endpoints:
             self._sync(entry.sandbox.id)
 
@@ -743,6 +760,7 @@ class Lifecycle:
             self.backend_of(sandbox).stop(sandbox, grace=0)
             self.sockets.remove_all(sandbox.id)
             self.registry.settle_failed(sandbox.id, LEFT_STARTING)
+            _say("failed", sandbox, why="left starting")
         elif sandbox.status in UP:
             self._settle_ended(entry)
 
@@ -755,8 +773,10 @@ class Lifecycle:
         self.sockets.remove_all(sandbox.id)
         if reason == REBOOTED:
             self.registry.settle_stopped(sandbox.id, message=REBOOTED)
+            _say("stopped", sandbox, why="rebooted")
         else:
             self.registry.settle_failed(sandbox.id, reason[:MESSAGE_CHARS])
+            _say("failed", sandbox, why=reason[:MESSAGE_CHARS])
 
     # -- turns -----------------------------------------------------------------------------------
 
@@ -835,6 +855,10 @@ class _Note:
             raise Conflict("its end is wanted")
         self.state = state
         self.written = True
+
+
+def _say(what: str, sandbox: Sandbox, **more: str) -> None:
+    journal.event(f"sandbox.{what}", sandbox.id, sandbox.slug, **more)
 
 
 def limits_of(spec: CreateSpec, settings: Settings) -> Limits:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from heyvm import guest
+from heyvm import guest, metrics
 from heyvm.backends.base import Backend
 from heyvm.errors import BackendFailed, Conflict, Invalid
 from heyvm.guest import ClientGone, base_environment
@@ -60,8 +60,8 @@ class Processes:
         demand_fits(argv, environment)
         backend = self.lifecycle.backend_of(sandbox)
         try:
-            with backend.connect(sandbox) as sock:
-                return guest.execute(
+            with metrics.here().timed("execute") as timing, backend.connect(sandbox) as sock:
+                result = guest.execute(
                     sock,
                     argv=argv,
                     env=environment,
@@ -73,6 +73,8 @@ class Processes:
                     client=client,
                     on_wait=lambda: demand_alive(backend, sandbox),
                 )
+                timing.outcome = "timed-out" if result.timed_out else "ok"
+                return result
         except BackendFailed as failed:
             raise self._explained(sandbox, failed) from failed
 

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from heyvm import guest
+from heyvm import guest, journal
 from heyvm.errors import Conflict, HeyvmError, NotFound, Unavailable
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import UP, Endpoint, Sandbox, Status
@@ -47,8 +47,10 @@ class Proxies:
             try:
                 if sandbox.status is Status.RUNNING:
                     self.sockets.open(sandbox, endpoint)
-                self._sync(sandbox.id)
-                return self.registry.settle_endpoint(endpoint.subdomain)
+                self._sync_proxies(sandbox)
+                settled = self.registry.settle_endpoint(endpoint.subdomain)
+                _say("made", sandbox, settled)
+                return settled
             except BaseException:
                 with suppress(HeyvmError):
                     self._remove(sandbox, endpoint)
@@ -72,9 +74,14 @@ class Proxies:
     def _remove(self, sandbox: Sandbox, endpoint: Endpoint) -> None:
         # The row first: whoever finds the rest without it takes it away.
         self.registry.remove_endpoint(endpoint.subdomain)
+        _say("removed", sandbox, endpoint)
         self.sockets.close(sandbox, endpoint)
         # A keeper that does not answer has no ports open.
         with suppress(Unavailable):
+            self._sync_proxies(sandbox)
+
+    def _sync_proxies(self, sandbox: Sandbox) -> None:
+        if self.lifecycle.settings.api_hostname is None:  # else they have no local ports
             self._sync(sandbox.id)
 
     def change(self, ref: str, subdomain: str, *, is_public: bool) -> Endpoint:
@@ -84,7 +91,7 @@ class Proxies:
         if endpoint.is_public is not is_public:
             endpoint = self.registry.set_public(subdomain, is_public)
             self.sockets.change(sandbox, endpoint)
-            self._sync(sandbox.id)
+            self._sync_proxies(sandbox)
         return endpoint
 
     def get(self, ref: str, subdomain: str) -> Endpoint:
@@ -144,3 +151,8 @@ class Proxies:
             stream.close()
             raise
         return stream
+
+
+def _say(what: str, sandbox: Sandbox, endpoint: Endpoint) -> None:
+    about = {"subdomain": endpoint.subdomain, "port": endpoint.port}
+    journal.event(f"endpoint.{what}", sandbox.id, sandbox.slug, **about)

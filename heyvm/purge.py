@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LAUNCHER_END_S = 2.0
 REGISTRY = "registry.db"
 # The directory may hold what is not ours, so that it is not removed as a whole.
-MADE = ("sandboxes", "images", "trash", "bundle", "host", "seccomp-*.bpf", f"{REGISTRY}*")
+MADE = ("sandboxes", "images", "trash", "bundle", "host", "audit", "seccomp-*.bpf", f"{REGISTRY}*")
 MADE_TO_RUN = (
     "agents",
     "visits",
@@ -27,6 +27,7 @@ MADE_TO_RUN = (
     "usage.json*",
     "forwarding.json*",
     "keeper.sock*",
+    "metrics",
 )
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from heyvm import slugs
+from heyvm import metrics, slugs
 from heyvm.errors import (
     BadRequest,
     Conflict,
@@ -327,6 +327,13 @@ class Registry:
         return frozenset(
             row[0] for row in self._file.read("SELECT id FROM sandboxes WHERE deleted_at IS NULL")
         )
+
+    def counts(self) -> Mapping[Status, int]:
+        """How many sandboxes there are in each state, nought included."""
+        rows = self._file.read(
+            "SELECT status, count(*) FROM sandboxes WHERE deleted_at IS NULL GROUP BY status"
+        )
+        return dict.fromkeys(Status, 0) | {Status(status): number for status, number in rows}
 
     def id_bases(self) -> frozenset[int]:
         """The bases of every range of ids in use."""
@@ -1146,17 +1153,30 @@ class _File:
     def _patiently(self, deadline: float, act: Callable[[], T]) -> T:
         """Do `act` again while others are in the way. SQLite's own wait sleeps in C: it would stop
         every greenlet of the process."""
+        try:
+            return act()
+        except sqlite3.Error as error:
+            if not _is_busy(error):
+                raise self._translated(error) from error
+        began = time.monotonic()
+        try:
+            return self._more_patiently(deadline, act)
+        finally:
+            metrics.here().waited(time.monotonic() - began)
+
+    def _more_patiently(self, deadline: float, act: Callable[[], T]) -> T:
         pause = FIRST_PAUSE_S
         while True:
+            if time.monotonic() >= deadline:
+                raise Unavailable("the registry is busy: try again")
+            time.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+            metrics.here().retried()
             try:
                 return act()
             except sqlite3.Error as error:
                 if not _is_busy(error):
                     raise self._translated(error) from error
-            if time.monotonic() >= deadline:
-                raise Unavailable("the registry is busy: try again")
-            time.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(pause * 2, LONGEST_PAUSE_S)
 
     def _deadline(self) -> float:
         return time.monotonic() + self._patience

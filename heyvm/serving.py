@@ -15,7 +15,7 @@ import socket
 import sys
 from typing import Any
 
-from heyvm import __version__
+from heyvm import __version__, journal, metrics
 from heyvm.errors import HeyvmError, Misconfigured
 from heyvm.settings import Settings, from_env
 
@@ -55,7 +55,8 @@ bind = [
         _number("HEYVM_PORT", DEFAULT_PORT),
     )
 ]
-worker_class = "gevent"
+worker_class = "heyvm.worker.Worker"
+logger_class = "heyvm.worker.Log"
 workers = _number("HEYVM_WORKERS", DEFAULT_WORKERS) or DEFAULT_WORKERS
 worker_connections = 2000
 proc_name = "heyvm"
@@ -86,6 +87,8 @@ accesslog = None
 
 def on_starting(server: Any) -> None:
     """Say what is odd about the settings, or stop; make the pipe that tells the keeper the end."""
+    from heyvm import worker
+
     # Parts of what is made here are for a sandbox's ids too, which a stricter one would keep out.
     os.umask(0o022)
     settings = _settings()
@@ -95,6 +98,8 @@ def on_starting(server: Any) -> None:
         for address in server.cfg.address:
             _refuse_a_taken_address(address)
     _try_registry(settings)
+    metrics.clear(settings.run_dir)
+    worker.survive_bad_reloads(server.app, _say)
     _make_alive_pipe()
 
 
@@ -117,6 +122,17 @@ def when_ready(server: Any) -> None:
     """Say where it listens."""
     for listener in server.LISTENERS:
         print(f"heyvm {__version__} listens on {listener}", file=sys.stderr, flush=True)
+    journal.event("server.started", version=__version__)
+
+
+def on_reload(_: Any) -> None:
+    """SIGHUP: new workers take the place of those that there are."""
+    journal.event("server.reloaded")
+
+
+def on_exit(_: Any) -> None:
+    """The workers are gone."""
+    journal.event("server.stopped")
 
 
 def post_worker_init(worker: Any) -> None:
@@ -128,8 +144,12 @@ def post_worker_init(worker: Any) -> None:
     # Ctrl-C reaches the whole group. The arbiter hears it too, and ends its workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = from_env(os.environ)
-    if settings.debug:
+    if settings.log_json:
+        journal.begin_json("worker")
+        logging.getLogger("heyvm").setLevel(logging.DEBUG if settings.debug else logging.WARNING)
+    elif settings.debug:
         _log_to_stderr()
+    metrics.begin(settings.run_dir)
     worker.keeper_watch = gevent.spawn(keeper.watch, settings)
     _warm(worker)
 

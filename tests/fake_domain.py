@@ -159,6 +159,11 @@ class FakeLifecycle:
         self.rows[sandbox.id] = changed
         return changed
 
+    def counts(self) -> Mapping[Status, int]:
+        return {
+            status: sum(row.status is status for row in self.rows.values()) for status in Status
+        }
+
     def _fail(self) -> None:
         error, self.fail_next = self.fail_next, None
         if error is not None:

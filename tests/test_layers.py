@@ -15,6 +15,7 @@ from tests.server import REPOSITORY
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.purge", "heyvm.serving"}
+        | {"heyvm.worker"}
     ),
     frozenset({"app", "heyvm.keeper"}),
     frozenset({"heyvm.api"}),
@@ -23,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "heyvm.lifecycle",
             "heyvm.processes",
             "heyvm.files",
+            "heyvm.gateway",
             "heyvm.mounts",
             "heyvm.localports",
             "heyvm.logs",
@@ -40,6 +42,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "heyvm.settings",
             "heyvm.frames",
             "heyvm.directories",
+            "heyvm.journal",
+            "heyvm.metrics",
             "heyvm.strictjson",
             "heyvm.tokens",
         }
@@ -47,9 +51,13 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 # Small parts with one subject that a layer keeps to itself or shares with those above it.
 BESIDE = {
+    "heyvm.localhttp": 4,
+    "heyvm.upstream": 4,
+    "heyvm.audit": 4,
     "heyvm.locks": 4,
     "heyvm.slugs": 4,
     "heyvm.control": 5,
+    "heyvm.lives": 5,
     "heyvm.oci": 5,
     "heyvm.relay": 5,
     "heyvm.agent": 5,
@@ -71,7 +79,8 @@ DOORS = {
     "flask_smorest": {"app", "heyvm.api"},
     "marshmallow": {"heyvm.api"},
     "werkzeug": {"app", "heyvm.api"},
-    "gunicorn": set[str](),
+    "gunicorn": {"heyvm.worker"},
+    "prometheus_client": {"heyvm.metrics"},
 }
 
 

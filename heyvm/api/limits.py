@@ -29,6 +29,7 @@ MAX_PAGE = 1000
 INACTIVE_PAGE = 10
 DEFAULT_LOGS = 100
 MAX_LOGS = 10_000
+DEFAULT_AUDIT = 100
 MAX_TEXT = 128 * 1024
 MAX_NAME = 255
 MAX_ITEMS = 10_000
@@ -89,6 +90,7 @@ LIMITS = (
     Limit("wait_seconds_max", MAX_WAIT_S, "the longest `timeout` of a wait"),
     Limit("page_max", MAX_PAGE, "sandboxes on a page (`limit`, `count`)"),
     Limit("inactive_page_default", INACTIVE_PAGE, "`count` of GET /sandboxes/inactive"),
+    Limit("audit_default", DEFAULT_AUDIT, "records in an answer, unless `limit` is sent"),
     Limit("logs_default", DEFAULT_LOGS, "log entries in an answer, unless `limit` is sent"),
     Limit("logs_max", MAX_LOGS, "the largest `limit` of logs"),
     Limit("slug_characters", 63, "a slug"),

@@ -13,6 +13,7 @@ import urllib3
 from flask import Flask, Response, g, request
 from flask.json.provider import JSONProvider
 
+from heyvm import audit
 from heyvm.api import (
     auth,
     files,
@@ -21,14 +22,16 @@ from heyvm.api import (
     logs,
     mounts,
     openapi,
+    operations,
     problems,
     proxy,
     sandboxes,
     system,
     usage,
 )
-from heyvm.api.parts import EXTENSION, USAGES, Services
+from heyvm.api.parts import EXTENSION, GATEWAY, USAGES, Services
 from heyvm.api.paths import ByteRequest, ImageName, Rest
+from heyvm.gateway import Gateway
 from heyvm.usage import Usages
 
 log = logging.getLogger("heyvm.api")
@@ -36,7 +39,7 @@ log = logging.getLogger("heyvm.api")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 BLUEPRINTS = (
     *(system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, proxy.blp, logs.blp),
-    images.blp,
+    *(images.blp, operations.blp),
 )
 
 
@@ -72,12 +75,17 @@ def connect(app: Flask, services: Services) -> None:
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     watch(app, auth.Guard(services.settings))
+    operations.watch(app, audit.Trail(services.settings.data_dir / audit.DIRECTORY))
     api = openapi.describe(app)
     for blp in BLUEPRINTS:
         api.register_blueprint(blp)
     app.extensions[forward.POOL] = urllib3.PoolManager(num_pools=1, maxsize=16)
     app.register_blueprint(forward.blp)
     problems.register(app)
+    registry = services.lifecycle.registry
+    gateway = Gateway(services.settings, services.proxies, registry.link_key)
+    app.extensions[GATEWAY] = gateway
+    app.wsgi_app = gateway.wrap(app.wsgi_app)  # type: ignore[assignment,method-assign]
 
 
 def watch(app: Flask, guard: auth.Guard) -> None:
@@ -87,6 +95,7 @@ def watch(app: Flask, guard: auth.Guard) -> None:
     def receive() -> None:
         g.began = time.monotonic()
         g.request_id = request_id(request.headers.get("X-Request-Id"))
+        operations.receive(g.request_id)
         guard.check(request.environ, bearer=needs_token(request.endpoint))
 
     @app.after_request
