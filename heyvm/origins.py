@@ -158,6 +158,22 @@ def is_local(environ: Mapping[str, Any]) -> bool:
     return bool(last) and is_loopback(last)
 
 
+def client_of(environ: Mapping[str, Any]) -> str:
+    """The address of whoever asks: of this connection, or of whom our own proxy speaks for."""
+    peer = environ.get("REMOTE_ADDR") or "127.0.0.1"
+    if is_loopback(peer):
+        last = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+        peer = last if address_of(last) is not None else peer
+    address = address_of(peer)
+    return peer if address is None else str(address)
+
+
+def came_by_https(environ: Mapping[str, Any]) -> bool:
+    """Whether the client spoke TLS to our own proxy."""
+    said = environ.get("HTTP_X_FORWARDED_PROTO", "").rpartition(",")[2].strip().lower()
+    return is_loopback(environ.get("REMOTE_ADDR")) and said == "https"
+
+
 def is_loopback(peer: str | None) -> bool:
     """A unix socket's peer has no name: gunicorn says that as the empty string."""
     if peer in ("", "127.0.0.1"):

@@ -82,8 +82,11 @@ def connect(app: Flask, services: Services) -> None:
     app.extensions[forward.POOL] = urllib3.PoolManager(num_pools=1, maxsize=16)
     app.register_blueprint(forward.blp)
     problems.register(app)
-    registry = services.lifecycle.registry
-    gateway = Gateway(services.settings, services.proxies, registry.link_key)
+
+    def link_key() -> bytes:
+        return services.lifecycle.registry.link_key()
+
+    gateway = Gateway(services.settings, services.proxies, link_key)
     app.extensions[GATEWAY] = gateway
     app.wsgi_app = gateway.wrap(app.wsgi_app)  # type: ignore[assignment,method-assign]
 
