@@ -27,6 +27,7 @@ MAX_LISTENERS = 1024
 MAX_NAME_BYTES = 64
 ACCEPTS_PER_EVENT = 16
 MAX_BACKLOG = 4096
+LINGER_S = 2.0
 CHUNK_BYTES = 64 * 1024
 CHUNKS_PER_EVENT = 4
 # What all relays may hold together in pieces of full size; then pieces are small, so that a
@@ -203,7 +204,7 @@ class Relay:
 
     def _carry(self, sock: _socket.socket) -> None:
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
-        inner, outer = Side(self, sock.detach()), Side(self, self.taken_over())
+        inner, outer = Side(self, sock.detach(), False), Side(self, self.taken_over(), True)
         inner.other, outer.other = outer, inner
         self.sides = (outer, inner)
         # Who connects speaks first, mostly, and has by now.
@@ -298,14 +299,26 @@ class Asked(Relay):
 class Side:
     """One of a relay's two connections: what it says goes to the other."""
 
-    __slots__ = ("fd", "gone", "loop", "other", "over", "pending", "ports", "relay")
+    __slots__ = (
+        "deaf",
+        "fd",
+        "gone",
+        "loop",
+        "other",
+        "outer",
+        "over",
+        "pending",
+        "ports",
+        "relay",
+    )
     other: Side
 
-    def __init__(self, relay: Relay, fd: int) -> None:
-        self.relay, self.fd = relay, fd
+    def __init__(self, relay: Relay, fd: int, outer: bool) -> None:
+        self.relay, self.fd, self.outer = relay, fd, outer
         self.ports, self.loop = relay.ports, relay.loop
         self.pending: bytes = b""  # for it to take
         self.over = False  # nothing more is read from it
+        self.deaf = False  # it takes nothing more
         self.gone = 0  # the bits with which it told of an end
 
     def ready(self, events: int) -> None:
@@ -327,8 +340,8 @@ class Side:
                 chunk = posix.read(self.fd, size)
             except BlockingIOError:
                 return
-            except OSError:  # reset: what it had said before has been read
-                self.relay.close()
+            except OSError:
+                self.reset()
                 return
             if not chunk:
                 self.end()
@@ -346,6 +359,8 @@ class Side:
             self.relay.close()
 
     def write(self, chunk: bytes) -> None:
+        if self.deaf:
+            return
         try:
             sent = posix.write(self.fd, chunk)
         except BlockingIOError:
@@ -360,14 +375,12 @@ class Side:
     def flush(self) -> None:
         """There is room again."""
         try:
-            sent = posix.write(self.fd, self.pending)
+            self.keep(self.pending[posix.write(self.fd, self.pending) :])
         except BlockingIOError:
             return
         except OSError:
             self.deafen()
-            return
-        self.keep(self.pending[sent:])
-        if self.pending:
+        if self.pending or self.relay.closed:
             return
         self.loop.watch(self.fd, IN, self.ready)
         if self.other.over:
@@ -383,8 +396,9 @@ class Side:
 
     def told_the_end(self) -> None:
         """All that the other has said is written: say so, or close where nothing is left to do."""
-        if self.other.gone & HANGUP_BITS or (self.over and not self.other.pending):
-            self.relay.close()
+        other, relay = self.other, self.relay
+        if (self.over and not other.pending) or (other.outer and other.gone & HANGUP_BITS):
+            relay.close()
             return
         try:
             shut = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, self.fd)
@@ -393,13 +407,26 @@ class Side:
             finally:
                 shut.detach()
         except OSError:
+            relay.close()
+            return
+        if other.deaf:
+            self.loop.after(LINGER_S, relay.close)
+
+    def reset(self) -> None:
+        """All that it had said is read."""
+        self.deaf = True
+        self.keep(b"")
+        if self.outer:
             self.relay.close()
+        else:
+            self.end()
 
     def deafen(self) -> None:
-        """It hears no more. What it has said is still to be carried (an answer to a request that it
-        did not read to its end), and then this is over."""
+        """It hears no more, but what it has said is still to be carried: an answer, say, to a
+        request that it did not read to its end. Whoever sends that would not see the answer if it
+        were cut off: it is let go on, into the void, for a moment."""
+        self.deaf = True
         self.keep(b"")
-        self.other.over = True
         self.gone |= select.EPOLLERR
         self.pump()
 
