@@ -303,7 +303,7 @@ def assert_like(printed: Any, actual: Any, key: str = "") -> None:
         for name, value in printed.items():
             assert_like(value, actual[name], name)
     elif isinstance(printed, list):
-        assert actual
+        assert bool(actual) is bool(printed)
         for value in actual:
             assert_like(printed[0], value)
     elif key in OF_THE_MOMENT:
