@@ -1,4 +1,4 @@
-"""A web server for tests that runs inside a sandbox: `python3 webapp.py PORT|PATH`.
+"""A web server for tests that runs inside a sandbox: `python3 webapp.py PORT`.
 
 Written on bare sockets, so that what arrives is seen as it is, and what no framework would send can
 be sent. Standard library only. `command()` is a start command that carries all of it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import socket
 import struct
 import sys
@@ -22,12 +21,12 @@ SEEN: list[str] = []  # each request line, on whatever connection
 GONE: list[str] = []  # what of those that never end did end
 
 
-def command(where: str = "8000") -> str:
+def command(port: int = 8000) -> str:
     """A line for a shell that starts it."""
     with open(__file__, "rb") as source:
         packed = base64.b64encode(zlib.compress(source.read())).decode()
     unpack = f'import base64,zlib;exec(zlib.decompress(base64.b64decode("{packed}")))'
-    return f"exec python3 -c '{unpack}' {where}"
+    return f"exec python3 -c '{unpack}' {port}"
 
 
 class Request:
@@ -46,6 +45,8 @@ class Request:
 
     def body(self):
         """Its pieces."""
+        if "expect" in self.headers:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if "chunked" in self.headers.get("transfer-encoding", ""):
             yield from self._chunks()
             return
@@ -268,18 +269,8 @@ def quietly(connection):
         pass
 
 
-def listen(where):
-    if where.isdigit():
-        return socket.create_server(("127.0.0.1", int(where)), backlog=128)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(where)
-    os.chmod(where, 0o766)
-    sock.listen(128)
-    return sock
-
-
 def main():
-    listener = listen(sys.argv[-1])
+    listener = socket.create_server(("127.0.0.1", int(sys.argv[-1])), backlog=128)
     while True:
         connection, _ = listener.accept()
         threading.Thread(target=quietly, args=(connection,), daemon=True).start()
