@@ -1,8 +1,8 @@
 """The unix sockets through which nginx reaches proxy endpoints, with API_HOSTNAME.
 
 `<ports>/public/<subdomain>.sock` or `private/`; in `paused/`, where nobody looks, that of a sandbox
-that is halted. What bears its final name is listened on: it is made as `paused/<subdomain>.sock.new`,
-handed to the agent, and only then renamed. Whoever makes one holds the sandbox's lock.
+that is halted. What bears its final name is listened on: it is made in `paused/`, as `.sock.new`,
+handed to the agent, and only then renamed. Whoever makes one holds the lock of the sandbox.
 """
 
 from __future__ import annotations
