@@ -40,6 +40,7 @@ POLL_S = 0.5  # one look costs 25 µs for each sandbox that runs
 WATCH_S = 0.5
 FAILED_REST_S = 10.0
 OOM_S = 1.0
+WAKE_S = 1.0  # so long may a sandbox stand still whose backup was killed
 SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
 MEND_S = 2.0
 SPARE_S = 0.5
@@ -52,8 +53,9 @@ CANNOT_START = 2
 LOCK_NAME = "keeper.lock"
 # struct flock of 64-bit Linux: type, whence, start, length, pid (fcntl(2)).
 FLOCK = struct.Struct("hhqqi4x")
-# Not for the keeper: it serves nobody.
-NOT_HANDED_ON = ("JWT_SECRET", "JWT_AUDIENCE")
+# The keeper asks who comes to the local ports of private endpoints. With API_HOSTNAME there are
+# none, and it has no use for them.
+FOR_PRIVATE_PORTS = ("JWT_SECRET", "JWT_AUDIENCE")
 
 
 class Ports(Protocol):
@@ -90,6 +92,7 @@ class Keeper:
             _Round(0.0, self._attend_unsettled),
             _Round(POLL_S, self._attend_dead),
             _Round(OOM_S, self._look_for_oom),
+            _Round(WAKE_S, self._wake),
             _Round(SAMPLE_S, self._sample),
             _Round(0.0, self._look_at_ports),
             _Round(MEND_S, self._mend_sockets),
@@ -160,6 +163,12 @@ class Keeper:
         with suppress(HeyvmError):
             self._count_oom(sandbox_id)
         self._lifecycle.attend(sandbox_id)
+
+    def _wake(self) -> None:
+        for entry in self._running:
+            if self._lifecycle.is_left_still(entry):
+                sandbox_id = entry.sandbox.id
+                self._works.begin(f"wake {sandbox_id}", partial(self._lifecycle.wake, sandbox_id))
 
     def _look_for_oom(self) -> None:
         for entry in self._running:
@@ -416,6 +425,7 @@ def _wait_for_lock(settings: Settings) -> int:
 
 def _keep(settings: Settings, over: threading.Event) -> int:
     from heyvm import localports
+    from heyvm.gateway import Gateway
     from heyvm.proxies import Proxies
 
     def sync(sandbox_id: str) -> None:
@@ -424,7 +434,9 @@ def _keep(settings: Settings, over: threading.Event) -> int:
     localports.raise_file_limit()
     registry = Registry(settings.data_dir / "registry.db")
     lifecycle = Lifecycle(registry, backends.build(settings), settings, sync_ports=sync)
-    ports = localports.LocalPorts(registry, Proxies(lifecycle, sync), settings)
+    proxies = Proxies(lifecycle, sync)
+    gateway = Gateway(settings, proxies, registry.link_key)
+    ports = localports.LocalPorts(registry, proxies, settings, gateway.for_port)
     try:
         lifecycle.open()
     except HeyvmError as error:
@@ -464,7 +476,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _environment(settings: Settings) -> Mapping[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
+    withheld = FOR_PRIVATE_PORTS if settings.api_hostname else ()
+    environment = {name: value for name, value in os.environ.items() if name not in withheld}
     environment["HEYVM_DATA_DIR"] = str(settings.data_dir)
     environment["HEYVM_RUN_DIR"] = str(settings.run_dir)
     # The package that this process runs, wherever it was found.

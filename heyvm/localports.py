@@ -1,7 +1,8 @@
 """The TCP ports of 127.0.0.1 that lead to ports inside sandboxes: the keeper listens on them.
 
 Runs in a process that gevent has patched. Knows the rows of endpoints and who connects to them
-(proxies.py), and of HTTP only what a client is told that no server inside answers.
+(proxies.py), and of HTTP only what a client is told where no server inside answers; private ports
+are localhttp.py's and the gateway's.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gevent import get_hub, monkey
+from gevent.pool import Group
 from gevent.server import StreamServer
 
-from heyvm import problems
+from heyvm import localhttp, problems
 from heyvm.errors import HeyvmError, NotFound, PortClosed, Unavailable
+from heyvm.localhttp import App
 from heyvm.models import Endpoint
 from heyvm.registry import Registry
 from heyvm.relay import LINGER_S, Opening, Pump, Relay
@@ -62,11 +65,9 @@ class LocalPorts:
         registry: Registry,
         proxies: Proxies,
         settings: Settings,
-        *,
-        gateway: Callable[[Endpoint], Any] | None = None,
+        gateway: Callable[[Endpoint], App],
     ) -> None:
-        """`gateway` gives the WSGI application for a private endpoint's port; without one, these
-        have none."""
+        """`gateway` gives the WSGI application for a private endpoint's port."""
         self._registry = registry
         self._settings = settings
         self._gateway = gateway
@@ -109,11 +110,7 @@ class LocalPorts:
         )
 
     def _has_local_port(self, endpoint: Endpoint) -> bool:
-        if endpoint.kind != "proxy":
-            return True
-        if self._settings.api_hostname is not None:
-            return False
-        return endpoint.is_public or self._gateway is not None
+        return endpoint.kind != "proxy" or self._settings.api_hostname is None
 
     def _close_all_but(self, wanted: dict[str, Endpoint], sandbox_id: str | None) -> None:
         for name, port in list(self._ports.items()):
@@ -144,7 +141,9 @@ class LocalPorts:
             raise
 
     def _serve(self, endpoint: Endpoint, listener: socket.socket) -> _Port:
-        return _RawPort(endpoint, listener, self._ways)
+        if endpoint.is_public:
+            return _RawPort(endpoint, listener, self._ways)
+        return _PrivatePort(endpoint, listener, self._ways, self._gateway(endpoint))
 
 
 def raise_file_limit() -> None:
@@ -212,29 +211,6 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-class _Port(Protocol):
-    """A listener and what came through it."""
-
-    endpoint: Endpoint
-
-    def serves(self, row: Endpoint | None) -> bool:
-        """Whether this is what the row asks for."""
-
-    def close(self) -> None:
-        """Refuse, and cut what is open."""
-
-
-def _is_same(one: Endpoint, other: Endpoint | None) -> bool:
-    return other is not None and (one.local_port, one.port, one.is_public) == (
-        other.local_port,
-        other.port,
-        other.is_public,
-    )
-
-
-# -- public ports ----------------------------------------------------------------------------------
-
-
 class _Ways:
     """What the ports share: who connects, what passes on, and how many there may be."""
 
@@ -259,45 +235,86 @@ class _Ways:
             del self.open[sandbox_id]
 
 
-class _RawPort:
-    """Passes bytes on as they are."""
+class _Port:
+    """A listener and what came through it. Each connection begins in a greenlet of its own."""
 
     def __init__(self, endpoint: Endpoint, listener: socket.socket, ways: _Ways) -> None:
         self.endpoint = endpoint
         self._ways = ways
-        self._waiting: set[socket.socket] = set()
-        self._relays: set[Relay] = set()
+        self._clients: set[socket.socket] = set()
+        self._greenlets = Group()
         self._is_closed = False
-        self._server = StreamServer(listener, self._take)
+        spawn: Any = self._greenlets.spawn
+        self._server = StreamServer(listener, self._take, spawn=spawn)
         self._server.max_accept = ACCEPTED_AT_ONCE
         self._server.start()
 
     def serves(self, row: Endpoint | None) -> bool:
-        return _is_same(self.endpoint, row)
+        """Whether this is what the row asks for."""
+        mine = self.endpoint
+        return row is not None and (mine.local_port, mine.port, mine.is_public) == (
+            row.local_port,
+            row.port,
+            row.is_public,
+        )
 
     def close(self) -> None:
+        """Refuse, and cut what is open."""
         self._is_closed = True
         self._server.close()
-        for client in list(self._waiting):
+        for client in list(self._clients):
             with suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
+
+    def _take(self, client: socket.socket, address: object) -> None:
+        if not self._ways.enter(self.endpoint.sandbox_id):
+            return
+        self._clients.add(client)
+        goes_on = False
+        try:
+            goes_on = self._serve(client, address)
+        finally:
+            self._clients.discard(client)
+            if not goes_on:
+                self._ways.leave(self.endpoint.sandbox_id)
+
+    def _serve(self, client: socket.socket, address: object) -> bool:
+        """Whether the connection lives on when this returns; then it `leave`s by itself."""
+        raise NotImplementedError
+
+
+class _PrivatePort(_Port):
+    """Speaks HTTP, to see who asks."""
+
+    def __init__(self, endpoint: Endpoint, listener: socket.socket, ways: _Ways, app: App) -> None:
+        self._app = app
+        super().__init__(endpoint, listener, ways)
+
+    def close(self) -> None:
+        super().close()
+        # One that waits for the server inside does not look at its client.
+        self._greenlets.kill(block=False)
+
+    def _serve(self, client: socket.socket, address: object) -> bool:
+        with suppress(OSError):
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        localhttp.serve(client, address, self._app)
+        return False
+
+
+class _RawPort(_Port):
+    """Passes bytes on as they are."""
+
+    def __init__(self, endpoint: Endpoint, listener: socket.socket, ways: _Ways) -> None:
+        self._relays: set[Relay] = set()
+        super().__init__(endpoint, listener, ways)
+
+    def close(self) -> None:
+        super().close()
         for relay in list(self._relays):
             relay.cut()
 
-    def _take(self, client: socket.socket, _address: object) -> None:
-        """One connection, in a greenlet of its own until it is passed on."""
-        if not self._ways.enter(self.endpoint.sandbox_id):
-            return
-        self._waiting.add(client)
-        is_passed_on = False
-        try:
-            is_passed_on = self._pass_on(client)
-        finally:
-            self._waiting.discard(client)
-            if not is_passed_on:
-                self._ways.leave(self.endpoint.sandbox_id)
-
-    def _pass_on(self, client: socket.socket) -> bool:
+    def _serve(self, client: socket.socket, address: object) -> bool:
         try:
             inside = self._ways.proxies.connect(self.endpoint)
         except HeyvmError as error:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -502,7 +503,19 @@ def test_a_keeper_has_a_session_of_its_own_and_nothing_of_the_server_but_its_pip
     assert open_there[pipe] == f"pipe:[{pipe_inode}]"
     assert f"socket:[{listener_inode}]" not in open_there.values()
     assert list(open_there.values()).count(f"pipe:[{pipe_inode}]") == 1
-    assert b"keep this" not in Path(f"/proc/{pid}/environ").read_bytes()
+    # It asks for tokens at the local ports of private endpoints.
+    assert b"JWT_SECRET=keep this" in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_a_keeper_without_local_ports_is_not_given_the_secret(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    monkeypatch.setenv("JWT_SECRET", "keep this")
+
+    behind_nginx = replace(settings, api_hostname="example.com")
+
+    assert "JWT_SECRET" in keeper._environment(settings)
+    assert "JWT_SECRET" not in keeper._environment(behind_nginx)
 
 
 def test_a_keeper_whose_data_directory_was_removed_ends(

@@ -20,7 +20,7 @@ from heyvm.registry import Registry
 from heyvm.relay import Opening
 from tests.server import Server, Session, create, read_bytes, wait_until
 
-HTTP, ECHO, HANGS_UP, POURS, NOBODY = 8080, 8081, 8082, 8083, 8084
+HTTP, ECHO, HANGS_UP, POURS, SILENT, NOBODY = range(8080, 8086)
 # All that listens inside. Echo says `bye` after its client's end; what hangs up reads once first.
 INSIDE = f"""
 import http.server, socketserver, threading, sys
@@ -45,10 +45,14 @@ class Pours(socketserver.BaseRequestHandler):
     def handle(self):
         for _ in range(64):
             self.request.sendall(bytes(1 << 20))
+class Silent(socketserver.BaseRequestHandler):
+    def handle(self):
+        while self.request.recv(65536):
+            pass
 class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 1024
-for port, kind in (({HTTP}, Page), ({ECHO}, Echo), ({HANGS_UP}, HangsUp), ({POURS}, Pours)):
-    server = Server(("127.0.0.1", port), kind)
+for number, kind in enumerate((Page, Echo, HangsUp, Pours, Silent)):
+    server = Server(("127.0.0.1", {HTTP} + number), kind)
     threading.Thread(target=server.serve_forever).start()
 """
 
@@ -56,14 +60,22 @@ for port, kind in (({HTTP}, Page), ({ECHO}, Echo), ({HANGS_UP}, HangsUp), ({POUR
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Of its own: its keeper is killed here."""
-    with Server() as running:
+    with Server(JWT_SECRET="of the tests of local ports, long enough") as running:
         yield running
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[Session]:
+    with server.http() as session:
+        session.headers.update(server.authorization())
+        yield session
 
 
 @pytest.fixture(scope="module")
 def ref(server: Server) -> str:
     """A sandbox in which servers listen, with one open port."""
     http = server.http()
+    http.headers.update(server.authorization())
     made = create(http, start_command=f"python3 -c '{INSIDE}'", open_ports=[HTTP])
     wait_until(lambda: is_served(made["port_mappings"][0]["host_port"]), "it is served")
     return str(made["id"])
@@ -136,7 +148,7 @@ def test_endpoints_open_ports_and_internal_urls_lead_inside(
         assert sock.recv(1) == b"x"
     with requests.Session() as keeps_alive:
         url = f"http://127.0.0.1:{bind(HTTP)}/"
-        assert {keeps_alive.get(url, timeout=20).text for _ in range(50)} == {"hello"}
+        assert {keeps_alive.get(url, timeout=20).text for _ in range(5)} == {"hello"}
 
 
 def test_the_end_of_one_way_leaves_the_other_open(bind: Callable[..., int]) -> None:
@@ -252,6 +264,58 @@ def test_what_hangs_up_on_others_closes_without_a_word(bind: Callable[..., int])
         assert all_of(sock) == b""
 
 
+# -- private ones ----------------------------------------------------------------------------------
+
+
+def test_a_private_port_asks_for_a_token(server: Server, bind: Callable[..., int]) -> None:
+    url = f"http://127.0.0.1:{bind(HTTP, is_public=False)}/"
+    with requests.Session() as plain, requests.Session() as trusted:
+        trusted.headers.update(server.authorization())
+
+        assert [plain.get(url, timeout=20).status_code for _ in range(2)] == [401] * 2
+        assert [trusted.get(url, timeout=20).text for _ in range(2)] == ["hello"] * 2
+
+
+def test_nothing_but_http_passes_a_private_port(bind: Callable[..., int]) -> None:
+    with dial(bind(ECHO, is_public=False)) as sock:
+        sock.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+        assert b"SSH" not in all_of(sock)
+
+
+def test_what_is_made_private_is_so_at_once_and_on_the_same_port(http: Session, ref: str) -> None:
+    made = http.post(f"/sandboxes/{ref}/proxy", json={"port": ECHO}).json()
+    where = f"/sandboxes/{ref}/proxy/{made['subdomain']}"
+    with dial(made["local_port"]) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        changed = http.patch(where, json={"is_public": False})
+        assert changed.status_code == 200 and all_of(sock) == b""
+
+    answer = requests.get(made["url"], timeout=20)
+    assert (answer.status_code, changed.json()["local_port"]) == (401, made["local_port"])
+    http.patch(where, json={"is_public": True})
+    with dial(made["local_port"]) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+    http.delete(f"/sandboxes/{ref}/proxy?subdomain={made['subdomain']}")
+
+
+def test_a_private_request_that_waits_inside_is_cut_with_its_endpoint(
+    server: Server, http: Session, ref: str
+) -> None:
+    made = http.post(f"/sandboxes/{ref}/proxy", json={"port": SILENT, "is_public": False}).json()
+    token = server.authorization()["Authorization"]
+    with dial(made["local_port"]) as sock, ThreadPoolExecutor() as pool:
+        request = f"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"
+        sock.sendall(request.encode())
+        reading = pool.submit(all_of, sock)
+        time.sleep(0.3)  # it has reached the server inside, where nothing can be seen of it
+        assert not reading.done()
+        http.delete(f"/sandboxes/{ref}/proxy?subdomain={made['subdomain']}")
+
+        assert reading.result(10) == b"" and refuses(made["local_port"])
+
+
 # -- what goes -------------------------------------------------------------------------------------
 
 
@@ -342,7 +406,7 @@ def test_a_call_that_waits_for_a_keeper_is_answered_by_the_next(
     registry = Registry(server.data_dir / "registry.db")
     os.kill(keeper, signal.SIGSTOP)
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(server.http().post, f"/sandboxes/{ref}/proxy", json={"port": HTTP})
+        waiting = pool.submit(http.post, f"/sandboxes/{ref}/proxy", json={"port": HTTP})
         wait_until(registry.unready_endpoints, "its row is there")
         os.kill(keeper, signal.SIGKILL)
         made = waiting.result(60)
@@ -354,18 +418,19 @@ def test_a_call_that_waits_for_a_keeper_is_answered_by_the_next(
 
 
 def test_ports_outlive_the_server_and_one_that_was_taken_is_replaced(
-    server: Server, ref: str, bind: Callable[..., int]
+    server: Server, http: Session, ref: str, bind: Callable[..., int]
 ) -> None:
     kept, taken = bind(HTTP), bind(HTTP)
+    http.close()  # the server waits for connections that are open
     server.stop()
     with socket.create_server(("127.0.0.1", taken)):
         server.start()
-        with server.http() as http:
-            wait_until(lambda: is_served(kept), "the keeper has started")
-            rows = {row["port"]: row for row in proxies(http, ref).values() if row["warnings"]}
-            row = rows[HTTP]
-            ports = {one["local_port"] for one in proxies(http, ref).values()}
+        http.base = server.url
+        wait_until(lambda: is_served(kept), "the keeper has started")
+        rows = proxies(http, ref).values()
 
+    (row,) = (one for one in rows if one["warnings"])
+    ports = {one["local_port"] for one in rows}
     assert kept in ports and taken not in ports
     assert row["warnings"] == [
         f"local port {taken} was taken by another program: it is {row['local_port']} now"
