@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
@@ -368,7 +369,10 @@ class Call:
         pieces = exchange.body(answer, self.environ["REQUEST_METHOD"])
         status = f"{answer.status} {answer.reason or reason(answer.status)}"
         self.start_response(status, answer_headers(answer, self.environ))
-        return Answer(exchange, pieces, self.environ)
+        # WSGI servers hold a head back until there is something of the body, if only nothing.
+        return Answer(
+            exchange, pieces if exchange.has_more else chain((b"",), pieces), self.environ
+        )
 
     def _upgrade(self, exchange: Exchange, answer: Head, upgrade: str | None) -> Iterable[bytes]:
         """The client's connection becomes the one inside. Returns when both ways have ended, with

@@ -46,6 +46,8 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 def serve(sock: socket.socket, address: Any, app: App) -> None:
     """Answer the requests of a connection one after the other, and close it."""
     source = Source(sock)
+    with suppress(OSError):  # a unix socket has no such option
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         while answer_one(source, address, app):
             pass
@@ -306,9 +308,8 @@ class Reply:
 
     def write(self, piece: bytes) -> None:
         """The next piece of the body."""
-        if not (piece and self._has_body):
-            return
-        if self._is_chunked:
+        piece = piece if self._has_body else b""
+        if piece and self._is_chunked:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece)
         self._send(piece)
 

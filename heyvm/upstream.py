@@ -7,6 +7,7 @@ has patched the standard library. Knows neither endpoints nor WSGI.
 
 from __future__ import annotations
 
+import errno
 import re
 import select
 import socket
@@ -46,7 +47,13 @@ Headers = list[tuple[str, str]]
 
 
 class Cut(ConnectionResetError):
-    """Half of an answer went out, or nobody waits for it: the client's connection has to end."""
+    """Half of an answer went out, or nobody waits for it: the client's connection has to end.
+
+    Servers take it, by its number, for the client's own doing, and say nothing.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.ECONNRESET, why)
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,11 @@ class Exchange:
             return self._chunked()
         return self._exactly(int(lengths[0])) if lengths else self._all()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something of the body came with the head."""
+        return bool(self._buffer)
+
     def take(self) -> tuple[socket.socket, bytes]:
         """The connection itself, and what has been read of it beyond the head."""
         self._sender.close()
@@ -313,14 +325,18 @@ class Exchange:
         watched = self._client if self._pump is None or self._pump.is_over else None
         if watched is not None:
             poll.register(watched, select.POLLIN)
-        found = {fd for fd, _ in poll.poll(LOOK_S * 1000)}
+        look_s = LOOK_S if patience is None else max(0.0, min(LOOK_S, self._left(patience)))
+        found = {fd for fd, _ in poll.poll(look_s * 1000)}
         if watched is not None and watched.fileno() in found:
             self._look_at(watched)
         elif not found and self._client is not None and hung_up(self._client):
             raise Cut("the client went away")
-        late = patience is not None and time.monotonic() - self._moved_at > patience
+        late = patience is not None and self._left(patience) <= 0
         if late and self._sock.fileno() not in found:
             raise TimeoutError
+
+    def _left(self, patience: float) -> float:
+        return self._moved_at + patience - time.monotonic()
 
     def _look_at(self, client: socket.socket) -> None:
         if is_at_end(client):
@@ -463,8 +479,10 @@ def _wait_for(ways: tuple[Way, Way]) -> set[int]:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Have the kernel find out about a client that is silent because it is gone (tcp(7))."""
+    """Have the kernel find out about a client that is silent because it is gone, and pass on at
+    once what is small (tcp(7))."""
     with suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
