@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from heyvm import keeper
+from heyvm import control, keeper
 from heyvm.errors import NotFound
 from heyvm.keeper import Keeper
 from heyvm.lifecycle import Lifecycle
@@ -412,6 +412,53 @@ def test_of_many_keepers_one_stays(
     assert [(one.returncode, one.communicate()[1]) for one in gone] == [(0, b"")] * 3
     (staying,) = (one for one in started if one.poll() is None)
     assert holder(settings) == staying.pid
+
+
+def test_a_spare_takes_over_answers_and_ends_when_asked(
+    tmp_path: Path, settings: Settings, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """`heyvm keeper`, as a service manager starts it: it follows no server."""
+    started.append(start_keeper(tmp_path, settings))
+    assert wait_for(lambda: holder(settings) == started[0].pid, 20)
+    reading, writing = os.pipe()
+    os.close(writing)
+    environment = {
+        **os.environ,
+        "HEYVM_DATA_DIR": str(settings.data_dir),
+        "HEYVM_RUN_DIR": str(settings.run_dir),
+        "HEYVM_ALIVE_FD": str(reading),
+    }
+    command = [sys.executable, "-m", "heyvm.cli", "keeper"]
+    spares = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=(reading,)) for _ in "12"
+    ]
+    started += spares
+    os.close(reading)
+    assert not wait_for(lambda: any(one.poll() is not None for one in started), 1.0)
+
+    started[0].kill()
+
+    assert wait_for(lambda: holder(settings) in {one.pid for one in spares}, 20)
+    request = {"op": "ports", "sandbox_id": "sb-00000000"}
+    assert control.ask(settings.run_dir, request, 20) == {"ok": True}
+    for one in spares:
+        one.terminate()
+    assert [one.wait(10) for one in spares] == [0, 0]
+
+
+def test_a_keeper_that_no_worker_can_reach_keeps_all_the_same(
+    tmp_path: Path, settings: Settings, started: list[subprocess.Popen[bytes]]
+) -> None:
+    lifecycle, _ = build(tmp_path)
+    brief = create(lifecycle, ttl_seconds=1)
+    (settings.run_dir / f"{control.SOCKET_NAME}.new").mkdir()
+    started.append(start_keeper(tmp_path, settings, stderr=subprocess.PIPE))
+
+    assert wait_for(lambda: is_gone(lifecycle, brief), 20)
+    started[0].terminate()
+    assert started[0].wait(10) == 0
+    assert started[0].stderr is not None
+    assert b"workers cannot reach it" in started[0].stderr.read()
 
 
 def test_the_process_does_what_the_thread_does(
