@@ -38,6 +38,7 @@ PAGE_BYTES = 4 * 1024 * 1024
 # has 8190 bytes.
 MOST_OPEN = 500
 MOST_OWED = 1000
+HOUR_S = 3600.0
 SLACK_S = 60.0  # clocks are set back, a little
 RESERVE_BYTES = 1 << 20
 LOW_BYTES = 1 << 16
@@ -92,6 +93,14 @@ class Page:
     cursor: str | None
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A call of which the trail says that it has begun."""
+
+    name: str
+    told: Mapping[str, Any]
+
+
 class Trail:
     """Any number of processes may write and read one directory at once."""
 
@@ -100,24 +109,29 @@ class Trail:
         self._clock = clock
         self._owed: deque[bytes] = deque(maxlen=MOST_OWED)
         self._reserved: dict[str, int] = {}
+        self._month, self._until = "", 0.0  # which month it is, until then
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def begin(self, entry: Entry) -> str:
+    def begin(self, entry: Entry) -> Begun:
         """Say that a call is about to act; what `end` takes. `StorageFull`, or `Unavailable`, where
         that cannot be written: then it must not act."""
-        name = os.urandom(6).hex()
+        begun = Begun(os.urandom(6).hex(), _told(entry))
         try:
-            self._append(_line("begin", name, _told(entry) | {"process": lives.own()}))
+            self._append(_line("begin", begun.name, {**begun.told, "process": lives.own()}))
         except OSError as error:
             raise _refusal(error) from error
-        return name
+        return begun
 
-    def end(self, name: str | None, entry: Entry, ending: Ending) -> bool:
-        """Say how it went: of a call that `begin` has named, or (None) of one that was refused
-        before it could act. False where that could not be written yet; it is tried again."""
-        fields = _told(entry) | _ended(ending)
-        line = _line("end", name, fields) if name else _line("refused", os.urandom(6).hex(), fields)
+    def end(self, begun: Begun, ending: Ending) -> bool:
+        """Say how it went. False where that could not be written yet; it is tried again."""
+        return self._end(_line("end", begun.name, {**begun.told, **_ended(ending)}))
+
+    def refuse(self, entry: Entry, ending: Ending) -> bool:
+        """Say of a call that was not begun how it went; as `end`."""
+        return self._end(_line("refused", os.urandom(6).hex(), _told(entry) | _ended(ending)))
+
+    def _end(self, line: bytes) -> bool:
         try:
             self._append(line)
         except OSError:
@@ -126,9 +140,9 @@ class Trail:
         return True
 
     def _append(self, line: bytes) -> None:
-        month = time.strftime("%Y-%m", time.gmtime(self._clock()))
+        month = self._this_month()
         # Opened each time: a file that somebody has moved away is not written any further.
-        descriptor = self._open(self._directory / f"{month}.jsonl")
+        descriptor = self._open(os.path.join(self._directory, f"{month}.jsonl"))
         try:
             while self._owed:
                 _write(descriptor, self._owed[0])
@@ -138,7 +152,14 @@ class Trail:
         finally:
             os.close(descriptor)
 
-    def _open(self, path: Path) -> int:
+    def _this_month(self) -> str:
+        now = self._clock()
+        if not 0 < self._until - now <= HOUR_S:
+            self._until = now - now % HOUR_S + HOUR_S
+            self._month = time.strftime("%Y-%m", time.gmtime(now))
+        return self._month
+
+    def _open(self, path: str) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             return os.open(path, flags, 0o600)
@@ -224,8 +245,10 @@ class _Reading:
 
 
 def _line(kind: str, name: str, fields: Mapping[str, Any]) -> bytes:
-    told = {"audit": kind, "id": name, **fields}
-    return json.dumps(told, separators=(",", ":")).encode("ascii") + b"\n"
+    return _encode({"audit": kind, "id": name, **fields}).encode("ascii") + b"\n"
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _told(entry: Entry) -> dict[str, Any]:
@@ -259,10 +282,10 @@ def _ended(ending: Ending) -> dict[str, Any]:
 
 
 def _cut(text: str | None, most: int) -> str | None:
-    """At most so many bytes as JSON, where a character may take twelve."""
-    if text is None or len(json.dumps(text)) <= most + 2:
+    """At most some `most` bytes as JSON, where a character may take twelve."""
+    if text is None or len(text) * 12 <= most or len(json.dumps(text)) <= most + 2:
         return text
-    return text[: most // 12] + "..." if not text.isascii() else text[: most // 2] + "..."
+    return text[: most // (2 if text.isascii() else 12)] + "..."
 
 
 def _write(descriptor: int, line: bytes) -> None:

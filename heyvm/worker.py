@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -35,11 +36,24 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]  # gunicorn has no typ
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.wsgi: Any = None
         self._heads: set[_Head] = set()
 
     def run(self) -> None:
         gevent.spawn(self._close_idle)
+        self.wsgi = partial(self._answer, self.wsgi)
         super().run()
+
+    def _answer(self, application: Any, environ: Any, start_response: Any) -> Any:
+        """gunicorn decides when a request begins whether its connection stays; one that takes its
+        time may end in a worker that is to end by then."""
+
+        def start(*args: Any) -> Any:
+            if not self.alive:
+                start_response.__self__.force_close()
+            return start_response(*args)
+
+        return application(environ, start)
 
     def timeout_ctx(self) -> _Head:
         """gunicorn waits for each request's head within it."""

@@ -178,7 +178,7 @@ class Seen:
     route: str
     action: str | None
     ref: str | None
-    record: str | None = None  # what the trail has called it
+    begun: audit.Begun | None = None
 
     def entry(self) -> audit.Entry:
         return audit.Entry(
@@ -226,7 +226,7 @@ def watch(app: Flask, recorded: audit.Trail) -> None:
         seen: Seen = g.seen
         seen.call.subject = request.environ.get(SUBJECT)
         if seen.method in MUTATING:
-            seen.record = begun(recorded, seen)
+            seen.begun = begun(recorded, seen)
 
     @app.after_request
     def finish(response: Response) -> Response:
@@ -243,7 +243,7 @@ def watch(app: Flask, recorded: audit.Trail) -> None:
         return response
 
 
-def begun(recorded: audit.Trail, seen: Seen) -> str | None:
+def begun(recorded: audit.Trail, seen: Seen) -> audit.Begun | None:
     try:
         return recorded.begin(seen.entry())
     except HeyvmError:
@@ -253,7 +253,12 @@ def begun(recorded: audit.Trail, seen: Seen) -> str | None:
 
 
 def end(recorded: audit.Trail, seen: Seen, status: int) -> None:
-    if not recorded.end(seen.record, seen.entry(), seen.ending(status)):
+    ending = seen.ending(status)
+    if seen.begun is not None:
+        written = recorded.end(seen.begun, ending)
+    else:
+        written = recorded.refuse(seen.entry(), ending)
+    if not written:
         log.warning(
             "%s: no room in the audit trail yet for: %s %s %d by %s",
             seen.call.request_id,

@@ -134,7 +134,7 @@ def tell(response: Response) -> None:
         "%s %s %s %d %.1f ms",
         problems.request_id(),
         request.method,
-        ascii(request.path),
+        ascii(g.seen.path),
         response.status_code,
         took,
     )
