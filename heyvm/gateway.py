@@ -20,13 +20,22 @@ from itertools import chain
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
-from heyvm.errors import BadRequest, HeyvmError, Invalid, NotFound, Unauthorized, Unavailable
+from heyvm.errors import (
+    BadRequest,
+    Forbidden,
+    HeyvmError,
+    Invalid,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+)
 from heyvm.models import Endpoint
 from heyvm.origins import (
     AUTHORITY,
     Machine,
     came_by_https,
     check_host,
+    check_origin,
     check_target,
     client_of,
     label_of,
@@ -214,10 +223,10 @@ class Gateway:
         authorization = environ.get("HTTP_AUTHORIZATION")
         cookie = environ.get("HTTP_COOKIE")
         is_ours = self._is_bearer(authorization)
-        if not (
-            endpoint.is_public or is_ours or (is_named and self._has_cookie(endpoint, environ))
-        ):
-            admit(environ, self._settings)
+        if not (endpoint.is_public or is_ours):
+            check_page(environ)
+            if not (is_named and self._has_cookie(endpoint, environ)):
+                admit(environ, self._settings)
         kept = None if cookie is None else without_ours(cookie)
         return Passed(None if is_ours else authorization, kept or None)
 
@@ -510,6 +519,15 @@ def named_in_connection(environ: Mapping[str, Any]) -> set[str]:
 
 def cookie_name(environ: Mapping[str, Any]) -> str:
     return "__Host-heyvm" if came_by_https(environ) else "heyvm"
+
+
+def check_page(environ: Mapping[str, Any]) -> None:
+    """`Forbidden` for what a page of another origin sends. A browser sends our cookie with that of
+    the endpoints next door too: to SameSite, all names below ours are one site."""
+    check_origin(environ)
+    is_own = environ.get("HTTP_SEC_FETCH_SITE", "none") in ("none", "same-origin")
+    if not (is_own or environ.get("HTTP_SEC_FETCH_DEST") == "document"):  # a link was followed
+        raise Forbidden("a page of another origin cannot use a private endpoint")
 
 
 def without_ours(cookie: str) -> str:

@@ -425,6 +425,29 @@ def test_a_cookie_is_good_for_one_endpoint(
     assert_problem(401, answer, "unauthorized")
 
 
+def test_a_cookie_is_for_pages_of_the_endpoint_s_own(
+    private: Way, api: Session, site: Site, front: Server
+) -> None:
+    """To a browser all endpoints are one site, so it sends the cookie with their requests."""
+    cookie = {"Cookie": cookie_from(private, api, site)}
+    scheme = "https" if private.name == "nginx" else "http"
+    own = {"Origin": f"{scheme}://{private.host}", "Sec-Fetch-Site": "same-origin"}
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}
+    others = [
+        {"Origin": f"{scheme}://{site.public_name}"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "image"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "iframe"},
+    ]
+
+    for headers in (own, link):
+        assert private.request("/x", headers={**cookie, **headers}).status == 200
+    for headers in others:
+        assert_problem(403, private.request("/x", headers={**cookie, **headers}), "forbidden")
+        assert private.websocket({**cookie, **headers}).status == 403
+    assert private.request("/x", headers={**front.authorization(), **others[0]}).status == 200
+
+
 @pytest.mark.parametrize(
     ("sent", "passed"),
     [
