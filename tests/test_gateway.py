@@ -31,8 +31,9 @@ from tests.gatewayapp import (
     make,
 )
 from tests.gateways import Answered, Front, all_of, gateway, request, until, webapp
-from tests.server import wait_until
+from tests.server import Server, Session, create, wait_until
 from tests.test_faults_smuggling import CHUNKS, HEADS, TWO_FRAMINGS, TWO_LENGTHS
+from tests.webapp import command as webapp_command
 
 PASSES = Passes(lambda: KEY, SECRET)
 MIB = 1024 * 1024
@@ -740,3 +741,115 @@ def test_our_cookies_go_and_all_else_stays_byte_for_byte(given: str, kept: str) 
 )
 def test_the_path_of_a_target(target: str, path: str) -> None:
     assert path_of(target_of({"RAW_URI": target})) == path
+
+
+# -- before a real sandbox -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Server]:
+    """A server with a secret, and without API_HOSTNAME."""
+    with Server(JWT_SECRET=SECRET) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def owner(locked: Server) -> Iterator[Session]:
+    with locked.http() as http:
+        http.headers.update(locked.authorization())
+        yield http
+
+
+@pytest.fixture(scope="module")
+def box(owner: Session) -> str:
+    return str(create(owner, start_command=webapp_command())["id"])
+
+
+@pytest.fixture
+def private(owner: Session, box: str) -> Iterator[dict[str, Any]]:
+    answer = owner.post(f"/sandboxes/{box}/proxy", json={"port": 8000, "is_public": False})
+    assert answer.status_code == 201, answer.text
+    yield answer.json()
+    owner.delete(f"/sandboxes/{box}/proxy?subdomain={answer.json()['subdomain']}")
+
+
+def by_name(server: Server, made: dict[str, Any], path: str, *headers: str) -> Answered:
+    """Asks a worker, by the endpoint's name below localhost."""
+    return at(server.port, f"{made['subdomain']}.localhost", path, *headers)
+
+
+def at(port: int, host: str, path: str, *headers: str) -> Answered:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sent = request(path, f"Host: {host}", "Connection: close", *headers, host="")
+        sock.sendall(sent)
+        return Answered(all_of(sock))
+
+
+def webapp_listens(server: Server, made: dict[str, Any]) -> None:
+    def answers() -> bool:
+        return by_name(server, made, "/page", bearer()).status == 200
+
+    wait_until(answers, "the server inside listens")
+
+
+def test_a_worker_and_the_keeper_open_a_private_endpoint_alike(
+    locked: Server, owner: Session, box: str, private: dict[str, Any]
+) -> None:
+    webapp_listens(locked, private)
+    assert by_name(locked, private, "/x").status == 401
+    subdomain, port = private["subdomain"], private["local_port"]
+    link = owner.post(f"/sandboxes/{box}/proxy/{subdomain}/link", json={"path": "/x?y"}).json()
+    base = f"http://{subdomain}.localhost:{port}"
+    assert link["url"].startswith(f"{base}/.heyvm/enter?token=")
+
+    asked, name = link["url"].removeprefix(base), f"{subdomain}.localhost:{port}"
+
+    entered = at(port, name, asked)
+    assert entered.status == 303
+    assert entered.header("Location") == ["/x?y"]
+    cookie = entered.header("Set-Cookie")[0].partition(";")[0]
+    found = at(port, name, "/x?y", f"Cookie: a=1; {cookie}")
+    assert seen_by(found)["target"] == "/x?y"
+    assert headers_in(found, "Cookie") == ["a=1"]
+    # The same cookie in a worker; under the name of nobody, it is no cookie.
+    assert headers_in(by_name(locked, private, "/x", f"Cookie: {cookie}"), "Cookie") == []
+    assert at(port, "localhost", "/x", f"Cookie: {cookie}").status == 401
+    assert headers_in(at(port, "127.0.0.1", "/x", bearer()), "Authorization") == []
+    assert at(port, "127.0.0.1", asked).status == 400
+    assert at(port, "evil.test", "/x", bearer()).status == 403
+    assert link["url"].partition("token=")[2][:40] not in locked.log
+
+
+def test_a_websocket_reaches_a_sandbox_and_is_cut_with_its_endpoint(
+    locked: Server, owner: Session, box: str, private: dict[str, Any]
+) -> None:
+    webapp_listens(locked, private)
+    host = f"{private['subdomain']}.localhost"
+    for port in (locked.port, private["local_port"]):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+            key = f"Sec-WebSocket-Key: {KEY_SENT}"
+            sock.sendall(request("/ws", *HANDSHAKE, key, bearer(), host=host) + masked(b"hello"))
+            until(sock, b"hello")
+            if port == locked.port:
+                continue
+            gone = f"/sandboxes/{box}/proxy?subdomain={private['subdomain']}"
+            assert owner.delete(gone).status_code == 204
+            assert all_of(sock) == b""
+    problem(by_name(locked, private, "/x", bearer()), 404, "not-found")
+    assert "Traceback" not in locked.log
+
+
+def test_a_sandbox_that_is_stopped_is_told_apart_from_a_port_that_is_closed(
+    locked: Server, owner: Session
+) -> None:
+    other = create(owner)["id"]
+    made = owner.post(f"/sandboxes/{other}/proxy", json={"port": 8000}).json()
+    problem(by_name(locked, made, "/x"), 502, "port-closed")
+
+    assert owner.post(f"/sandboxes/{other}/stop").status_code == 200
+    problem(by_name(locked, made, "/x"), 503, "unavailable")
+    assert owner.delete(f"/sandboxes/{other}").status_code == 204
+    problem(by_name(locked, made, "/x"), 404, "not-found")
+    # And no other name below localhost is the API's.
+    with locked.http() as http:
+        assert http.get("/health", headers={"Host": "x.localhost"}).status_code == 403
