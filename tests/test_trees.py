@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,31 @@ def test_a_tree_deeper_than_any_path_is_removed(tmp_path):
     nest(top, 3000)
     trees.remove(str(top))
     assert not top.exists()
+
+
+def test_what_takes_long_is_left_to_a_process_of_its_own(tmp_path, monkeypatch):
+    """The keeper and the workers have others to answer meanwhile."""
+    monkeypatch.setattr(trees, "SOON_S", 0.01)
+    top = tmp_path / "top"
+    top.mkdir()
+    nest(top, 3000)
+    began = time.process_time()
+    trees.remove(str(top))
+    assert not top.exists()
+    assert time.process_time() - began < 0.1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts something")
+def test_what_cannot_be_removed_there_either_is_told_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(trees, "SOON_S", 0.0)
+    top = tmp_path / "top"
+    (top / "mounted").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", top / "mounted"], check=True)
+    try:
+        with pytest.raises(OSError, match="busy"):
+            trees.remove(str(top))
+    finally:
+        subprocess.run(["umount", top / "mounted"], check=True)
 
 
 def test_links_are_removed_and_never_followed(tmp_path):
