@@ -356,7 +356,7 @@ class Side:
                 self.loop.watch(self.fd, IN_AND_OUT if self.pending else IN, self.ready)
             return
         if self.over and self.gone & HANGUP_BITS and not other.pending:
-            self.relay.close()
+            self.lost()
 
     def write(self, chunk: bytes) -> None:
         if self.deaf:
@@ -410,7 +410,14 @@ class Side:
             relay.close()
             return
         if other.deaf:
-            self.loop.after(LINGER_S, relay.close)
+            other.lost()
+
+    def lost(self) -> None:
+        """It is gone, and all that it had said is handed on."""
+        if self.outer:
+            self.relay.close()
+        else:
+            self.loop.after(LINGER_S, self.relay.close)
 
     def reset(self) -> None:
         """All that it had said is read."""
@@ -471,7 +478,7 @@ def unlisten(ports: Ports, connection: Connection, request: Fields) -> None:
     else:
         ports.end_listener(name)
     ports.cut(name)
-    connection.finish({"ok": 1})
+    done(connection)
 
 
 def taker(ports: Ports, connection: Connection, port: int, name: bytes) -> Callable[[int], None]:
@@ -486,9 +493,14 @@ def taker(ports: Ports, connection: Connection, port: int, name: bytes) -> Calla
             connection.fail("failed", str(error))
             return
         ports.listen(port, name, sock)
-        connection.finish({"ok": 1})
+        done(connection)
 
     return arrived
+
+
+def done(connection: Connection) -> None:
+    """Say so in the next turn: what was closed in this one is closed at its end."""
+    connection.loop.after(0, lambda: connection.finish({"ok": 1}))
 
 
 def received(fd: int) -> _socket.socket:
