@@ -313,7 +313,9 @@ def test_a_private_request_that_waits_inside_is_cut_with_its_endpoint(
         assert not reading.done()
         http.delete(f"/sandboxes/{ref}/proxy?subdomain={made['subdomain']}")
 
-        assert reading.result(10) == b"" and refuses(made["local_port"])
+        # The agent cuts its end first, and there may be time to say so.
+        assert reading.result(10)[:12] in (b"", b"HTTP/1.1 502")
+        assert refuses(made["local_port"])
 
 
 # -- what goes -------------------------------------------------------------------------------------
