@@ -2,7 +2,7 @@
 
 With HEYVM_LOG=json each access, each event and whatever else is logged is one JSON object on a
 line of stderr; otherwise accesses and events are not said. Never said: queries, headers, bodies,
-commands, environments. The standard library alone; knows neither routes nor the registry.
+commands, environments. Knows neither routes nor the registry.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
+
+from heyvm import metrics
+from heyvm.origins import client_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,6 +121,58 @@ def access(call: Call, fields: dict[str, Any]) -> None:
         who = {"subject": call.subject, "client": call.client}
         sandbox = {"sandbox_id": call.sandbox_id, "slug": call.slug} if call.sandbox_id else {}
         _write("access", "info", {**fields, **who, **sandbox}, call.request_id)
+
+
+class Witness:
+    """The answer of a WSGI application that is not the API, for as long as it lasts: counted and
+    said at its end, once. Hand `start` to the application, and its answer to `witness`."""
+
+    def __init__(self, environ: dict[str, Any], start_response: Any, route: str) -> None:
+        self._environ, self._start_response, self._route = environ, start_response, route
+        self._began = time.monotonic()
+        self._answer: Any = ()
+        self._status: int | None = None
+
+    def start(self, status: str, headers: Any, *more: Any) -> Any:
+        """PEP 3333's `start_response`."""
+        self._status = int(status[:3])
+        return self._start_response(status, headers, *more)
+
+    def witness(self, application: Callable[[dict[str, Any], Any], Any]) -> Witness:
+        """Call it, and be its answer."""
+        try:
+            self._answer = application(self._environ, self.start)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __iter__(self) -> Any:
+        return iter(self._answer)
+
+    def close(self) -> None:
+        """As PEP 3333 has it: at the end, however that came."""
+        try:
+            if hasattr(self._answer, "close"):
+                self._answer.close()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        seconds = time.monotonic() - self._began
+        method = self._environ["REQUEST_METHOD"]
+        metrics.here().answered(self._route, method, self._status or 499, seconds)
+        if _Here.writes:
+            call = Call(self._environ.get("HTTP_X_REQUEST_ID", "")[:128])
+            call.client = client_of(self._environ)
+            fields = {
+                "method": method,
+                "host": self._environ.get("HTTP_HOST", "")[:255],
+                "path": self._environ.get("RAW_URI", "/").partition("?")[0],
+                "status": self._status,
+                "duration_ms": round(seconds * 1000, 1),
+            }
+            access(call, fields)
 
 
 def log_line(level: str, message: str, **more: Any) -> None:

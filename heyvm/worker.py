@@ -28,7 +28,8 @@ LOOK_S = 0.05
 QUIET_S = 1.0
 SERVED = "heyvm_served"
 QUERY = re.compile(r"\?[^\s'\"]*")
-HEADER = re.compile(r"(?i)(invalid http header[^:]*:).*", re.DOTALL)
+# What is wrong, without what was sent.
+REFUSED = re.compile(r"(Invalid request from ip=\S*: [A-Za-z ]*).*", re.DOTALL)
 
 
 class Worker(ggevent.GeventWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -120,7 +121,7 @@ class _Head:
 
 
 class Log(glogging.Logger):  # type: ignore[misc]
-    """gunicorn's own lines, without what a query or a broken header holds."""
+    """gunicorn's own lines, without queries and without what could not be read."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
@@ -135,7 +136,7 @@ class Log(glogging.Logger):  # type: ignore[misc]
 
 class _Harmless(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        said = HEADER.sub(r"\1 ...", QUERY.sub("?...", record.getMessage()))
+        said = REFUSED.sub(r"\1...", QUERY.sub("?...", record.getMessage()))
         record.msg, record.args = said, ()
         return True
 

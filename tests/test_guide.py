@@ -103,7 +103,7 @@ curl http://localhost:3000/sandboxes \\
   -H "Authorization: Bearer <your-jwt-token>\""""
     ],
 }
-OURS = ("Images", "Limits and usage", "Pause and resume")
+OURS = ("Images", "Limits and usage", "Pause and resume", "Audit and metrics")
 # Sections 2 to 9 start from what section 2 makes; it makes it itself.
 NEED_THE_SANDBOX = ("3", "4", "5", "6", "8", "9")
 # Printed for their kind, not for their value.

@@ -177,3 +177,22 @@ def test_no_secret_is_said(own: Server, alice: Session) -> None:
     assert "hush" not in own.log
     assert len(said(own, logger="gunicorn.error")) >= 3
     assert lines(own)
+
+
+def test_what_goes_to_an_endpoint_is_said_but_not_recorded(own: Server, alice: Session) -> None:
+    create(alice, slug="behind")
+    endpoint = alice.post("/sandboxes/behind/proxy", json={"port": 8000}).json()
+    host = f"{endpoint['subdomain']}.localhost"
+    made = said(own, event="endpoint.made", slug="behind")
+    assert [(one["subdomain"], one["port"]) for one in made] == [(endpoint["subdomain"], 8000)]
+    records = len(alice.get("/audit?limit=1000").json()["records"])
+
+    answer = alice.post("/page?token=hush-app", headers={"Host": host})
+
+    assert answer.status_code == 502
+    wait_until(lambda: said(own, kind="access", host=host), "it is said")
+    (one,) = said(own, kind="access", host=host)
+    assert (one["method"], one["path"], one["status"]) == ("POST", "/page", 502)
+    assert len(alice.get("/audit?limit=1000").json()["records"]) == records
+    assert 'route="(endpoint)"' in alice.get("/metrics").text
+    assert "hush" not in own.log

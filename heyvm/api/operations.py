@@ -26,7 +26,7 @@ from heyvm.api.limits import DEFAULT_AUDIT, MAX_PAGE
 from heyvm.api.parts import lifecycle, settings
 from heyvm.api.schemas import Query, about, always, digits
 from heyvm.errors import HeyvmError, Invalid, Unavailable
-from heyvm.origins import address_of, is_loopback
+from heyvm.origins import client_of
 
 log = logging.getLogger("heyvm.api")
 
@@ -290,16 +290,6 @@ def path_of(environ: Mapping[str, Any]) -> str:
     if not target.startswith("/"):
         target = "/" + target.partition("://")[2].partition("/")[2]
     return target.partition("?")[0].partition("#")[0]
-
-
-def client_of(environ: Mapping[str, Any]) -> str | None:
-    """The client's address. A proxy on this machine says it, as the last one in its list; what is
-    no address is nobody's."""
-    peer = environ.get("REMOTE_ADDR") or ""
-    if is_loopback(peer) and "HTTP_X_FORWARDED_FOR" in environ:
-        peer = environ["HTTP_X_FORWARDED_FOR"].rpartition(",")[2].strip()
-    address = address_of(peer)
-    return None if address is None else str(address)
 
 
 def action_of(app: Flask, endpoint: str | None, method: str) -> str | None:
