@@ -29,15 +29,17 @@ def create_app(settings: Settings, services: Services | None = None) -> Flask:
     return app
 
 
-def build(settings: Settings) -> Services:
-    """The domain objects of one server."""
+def build(settings: Settings, *, with_keeper: bool = True) -> Services:
+    """The domain objects of one server. `with_keeper`: False where the caller has its lock, so that
+    there is nobody to open or close ports."""
     table = backends.build(settings)
     registry = Registry(settings.data_dir / "registry.db")
     images = Images(registry, settings)
 
     def sync_ports(sandbox_id: str) -> None:
         request = {"op": "ports", "sandbox_id": sandbox_id}
-        control.ask(settings.run_dir, request, SYNC_TIMEOUT_S)
+        if with_keeper:
+            control.ask(settings.run_dir, request, SYNC_TIMEOUT_S)
 
     lifecycle = Lifecycle(registry, table, settings, images, sync_ports)
     return Services(

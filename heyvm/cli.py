@@ -23,6 +23,7 @@ exit codes:
 """
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 DEFAULT_EXPIRY = "30d"
+PAUSE_FOR_EVER_S = 30 * 86400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     imagecli.add_to(commands)
     _add_token(commands)
+    _add_backup(commands)
+    _add_restore(commands)
     _add_purge(commands)
     return parser
 
@@ -127,6 +130,45 @@ def _add_token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"how long it is good: 90s, 15m, 12h, {DEFAULT_EXPIRY} (default), 4w, or never",
     )
     token.set_defaults(command=print_token)
+
+
+def _add_backup(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    backup = commands.add_parser(
+        "backup",
+        help="write sandboxes, images and settings of them into one file",
+        description="Write the data directory into FILE (mode 0600), or to stdout for -, while the"
+        " server runs: the registry, images, each sandbox's files, the trail of calls. Each running"
+        " sandbox is halted while its files are copied. For root. The file holds whatever secrets"
+        " sandboxes have.",
+    )
+    backup.add_argument("file", metavar="FILE", help="a file that is not there yet, or -")
+    backup.add_argument(
+        "--no-pause",
+        action="store_true",
+        help="halt nothing: files may be of different moments",
+    )
+    backup.add_argument(
+        "--pause-limit",
+        type=_duration,
+        default="30s",
+        metavar="TIME",
+        help="how long a sandbox may be halted; one that takes longer goes on, and this is said"
+        " (default: 30s)",
+    )
+    backup.set_defaults(command=back_up)
+
+
+def _add_restore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    restore = commands.add_parser(
+        "restore",
+        help="make a data directory out of a backup",
+        description="Unpack FILE, or stdin for -, into a HEYVM_DATA_DIR that is empty, with the"
+        " server stopped. Every sandbox is stopped then. Its ids are reserved in /etc/subuid and"
+        " /etc/subgid as they were. For root. Whoever wrote the file says what sandboxes mount and"
+        " may connect to: restore none that you do not trust.",
+    )
+    restore.add_argument("file", metavar="FILE", help="what `heyvm backup` has written, or -")
+    restore.set_defaults(command=restore_all)
 
 
 def _add_purge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -179,6 +221,25 @@ def diagnose(options: argparse.Namespace) -> int:
     from heyvm import doctor, settings
 
     return doctor.run(settings.from_env(os.environ), as_json=options.json)
+
+
+def back_up(options: argparse.Namespace) -> int:
+    """`heyvm backup`"""
+    from heyvm import backup, settings
+
+    return backup.run(
+        settings.from_env(os.environ),
+        options.file,
+        pause=not options.no_pause,
+        pause_limit=PAUSE_FOR_EVER_S if options.pause_limit is None else options.pause_limit,
+    )
+
+
+def restore_all(options: argparse.Namespace) -> int:
+    """`heyvm restore`"""
+    from heyvm import restore, settings
+
+    return restore.run(settings.from_env(os.environ), options.file)
 
 
 def purge_all(options: argparse.Namespace) -> int:

@@ -740,6 +740,23 @@ class Lifecycle:
             if entry.wanted is not None:
                 self._cut_short(entry)
 
+    def is_left_still(self, entry: Entry) -> bool:
+        """Whether it is halted though its row says that it runs."""
+        sandbox = entry.sandbox
+        return sandbox.status is Status.RUNNING and self.backend_of(sandbox).is_paused(sandbox)
+
+    def wake(self, sandbox_id: str) -> bool:
+        """Let one go on that is halted though its row says that it runs: whoever halted it, for a
+        backup or on the way to `paused`, held its lock, and has died. False while somebody acts."""
+        held = self._try_lock(sandbox_id)
+        if held is None:
+            return False
+        with held:
+            entry = self.registry.entry(sandbox_id)
+            if entry.wanted is None and self.is_left_still(entry):
+                self.backend_of(entry.sandbox).resume(entry.sandbox)
+            return True
+
     def ending_of(self, entry: Entry) -> str | None:
         """None while a running sandbox runs, else the reason why it does not."""
         if entry.boot_id != self.registry.clock.boot_id:

@@ -41,7 +41,7 @@ def run(settings: Settings, *, sure: bool) -> int:
         return _refuse(f"a server uses {settings.data_dir}: stop it first")
     from app import build
 
-    services = build(settings)
+    services = build(settings, with_keeper=False)
     services.lifecycle.open()
     sandboxes, images = services.lifecycle.registry.known_ids(), services.images.list()
     if not sure:

@@ -188,6 +188,26 @@ _CLOCK_STOPS = (
 )
 
 
+# For a copy on another machine, or after another boot.
+_LOST = (
+    "UPDATE sandboxes SET deleted_at = :now, deleted_reason = 'it was not in the backup that was"
+    " restored', status = 'stopped', wanted = NULL, visit = NULL, expires_boot = NULL, spec = '{}',"
+    " state = '{}', metadata = '{}', error_message = NULL, status_detail = NULL WHERE id = :id"
+)
+_STILL = (
+    "UPDATE sandboxes SET state = '{}', visit = NULL, wanted = NULL, started_at = NULL,"
+    " status_detail = NULL,"
+    " error_message = CASE WHEN status IN ('stopped', 'failed') THEN error_message"
+    " ELSE 'it was ' || status || ' when the backup of ' || :made || ' was made' END,"
+    " status_changed_at = CASE WHEN status IN ('stopped', 'failed') THEN status_changed_at"
+    " ELSE :now END,"
+    " status = CASE WHEN status = 'failed' THEN status ELSE 'stopped' END,"
+    " ttl_left = CASE WHEN expires_boot IS NULL THEN ttl_left"
+    " ELSE max(expires_at - :made_at, 0) END, expires_boot = NULL, expires_at = NULL"
+    " WHERE deleted_at IS NULL"
+)
+
+
 def boottime() -> float:
     """Seconds since this machine booted, time asleep included; no setting of the clock moves it."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -631,6 +651,36 @@ class Registry:
     def keep_ballast(self) -> None:
         """Hold some disk that the vital writes may have when there is no other."""
         self._file.keep_ballast()
+
+    def snapshot(self, path: Path) -> None:
+        """Write the registry as it is at one moment into a new file, while others go on."""
+        self._file.snapshot(path)
+
+    def settle_restored(
+        self, sandboxes: frozenset[str], images: frozenset[str], made_at: float
+    ) -> Sequence[str]:
+        """Make of a copy of `made_at` the registry of a server that has stopped: nothing runs, and
+        what is not among `sandboxes` (ids) and `images` (digests) is gone. The slugs of those."""
+        at = self._times() | {"made_at": made_at, "made": rfc3339(made_at)}
+
+        def work(connection: sqlite3.Connection) -> Sequence[str]:
+            rows = connection.execute(
+                "SELECT id, slug, wanted FROM sandboxes WHERE deleted_at IS NULL"
+            ).fetchall()
+            goners = [
+                (row[0], row[1])
+                for row in rows
+                if row[0] not in sandboxes or row[2] in ("deleted", "expired")
+            ]
+            for sandbox_id, _ in goners:
+                connection.execute(_LOST, at | {"id": sandbox_id})
+                self._end_endpoints(connection, sandbox_id)
+            connection.execute(_STILL, at)
+            connection.execute("DELETE FROM meta WHERE key = 'run-dir'")
+            _forget_images(connection, images)
+            return [slug for _, slug in goners]
+
+        return self._file.write(work)
 
     def open(self) -> None:
         """Open and migrate now, so that `Misconfigured` is raised at start."""
@@ -1106,6 +1156,19 @@ class _File:
                 raise
         return self._transact(work)
 
+    def snapshot(self, path: Path) -> None:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        target = sqlite3.connect(path, isolation_level=None)
+        try:
+            source = self._new_connection()
+            try:
+                # In one step: others may write, and it never has to begin again.
+                self._patiently(self._deadline(), lambda: source.backup(target, pages=-1))
+            finally:
+                source.close()
+        finally:
+            target.close()
+
     def checkpoint(self) -> None:
         with self._turn():
             self._patiently(
@@ -1409,6 +1472,13 @@ def _dump(value: object) -> str:
 def _load(text: str, empty: T) -> T:
     # Most are empty, and the read of a sandbox is on the way of every request.
     return empty if text in ("{}", "[]") else json.loads(text)
+
+
+def _forget_images(connection: sqlite3.Connection, kept: frozenset[str]) -> None:
+    for (digest,) in connection.execute("SELECT digest FROM images").fetchall():
+        if digest not in kept:
+            connection.execute("DELETE FROM images WHERE digest = ?", (digest,))
+            connection.execute("UPDATE image_names SET digest = NULL WHERE digest = ?", (digest,))
 
 
 def _one(connection: sqlite3.Connection, query: str, value: object) -> Row:

@@ -40,10 +40,13 @@ def shown(value: int | str | None) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+COMMANDS = ("keeper", "doctor", "images", "token", "backup", "restore", "purge")
+
+
 def help_text() -> str:
     return "\n\n".join(
         f"```text\n$ heyvm {' '.join([*words, '--help'])}\n{help_of(*words)}\n```"
-        for words in ((), ("keeper",), ("doctor",), ("images",), ("token",), ("purge",))
+        for words in ((), *((one,) for one in COMMANDS))
     )
 
 

@@ -15,7 +15,7 @@ from tests.server import REPOSITORY
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.purge", "heyvm.serving"}
-        | {"heyvm.worker"}
+        | {"heyvm.worker", "heyvm.backup", "heyvm.restore"}
     ),
     frozenset({"app", "heyvm.keeper"}),
     frozenset({"heyvm.api"}),

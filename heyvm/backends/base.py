@@ -113,6 +113,10 @@ class Backend(ABC):
         """Let every process of a paused sandbox go on; twice is fine."""
         raise Unsupported(f"backend {self.name} cannot pause a sandbox")
 
+    def is_paused(self, sandbox: Sandbox) -> bool:
+        """Whether it has come to stand still. Never raises."""
+        return False
+
     def usage(self, sandbox: Sandbox) -> Reading:
         """What a running sandbox has used until now. Never raises: what is unknown is None."""
         return Reading()

@@ -534,6 +534,9 @@ class Bubblewrap(Backend):
     def resume(self, sandbox: Sandbox) -> None:
         self.groups.thaw(sandbox.id)
 
+    def is_paused(self, sandbox: Sandbox) -> bool:
+        return self.groups.is_frozen(sandbox.id)
+
     def usage(self, sandbox: Sandbox) -> Reading:
         return self.groups.usage(sandbox.id)
 

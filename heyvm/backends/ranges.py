@@ -65,6 +65,28 @@ def free(mark: str, taken: frozenset[int], etc: str = "/etc") -> int:
     return free(mark, taken, etc)
 
 
+def claim(mark: str, bases: frozenset[int], etc: str = "/etc") -> None:
+    """Reserve the blocks that these bases lie in, for sandboxes that were restored with them.
+
+    `Unavailable` where somebody else has ids in one; then nothing is reserved.
+    """
+    wanted = {base - (base - LOWEST) % BLOCK for base in bases}
+    _change(etc, lambda: _claim(mark, wanted, etc))
+
+
+def _claim(mark: str, wanted: set[int], etc: str) -> None:
+    own = set(_blocks(mark, etc))
+    for start in sorted(wanted - own):
+        for low, high in _used(etc, name_of(mark)):
+            if low < start + BLOCK and start < high:
+                raise Unavailable(
+                    f"ids {start} to {start + BLOCK - 1} are its sandboxes', and here somebody"
+                    f" else has {low} to {high - 1} (/etc/subuid, /etc/subgid, /etc/passwd):"
+                    " free these first; another heyvm's go with its `heyvm purge`"
+                )
+    _write_lines(mark, etc, sorted(own | wanted))
+
+
 def release(mark: str, etc: str = "/etc") -> None:
     """Give back all of `mark`'s blocks."""
     _change(etc, lambda: _write_lines(mark, etc, []))
