@@ -20,12 +20,14 @@ from itertools import chain
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
+from heyvm import journal
 from heyvm.errors import (
     BadRequest,
     Forbidden,
     HeyvmError,
     Invalid,
     NotFound,
+    PortClosed,
     Unauthorized,
     Unavailable,
 )
@@ -69,6 +71,7 @@ App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 SUBDOMAIN = re.compile(r"[a-z0-9]{16}")
 RESERVED = "/.heyvm"
+ROUTE = "(endpoint)"  # as the metrics call it
 # Two Cookie headers reach us as one, joined by a comma; ours has none.
 COOKIE = {
     name: re.compile(rf"(?:^|[;,])[ \t]*{name}=([^;,]*)") for name in ("heyvm", "__Host-heyvm")
@@ -149,7 +152,8 @@ class Gateway:
             label = self._label(environ)
             if label is None:
                 return app(environ, start_response)
-            return self._answer(label, environ, start_response, is_named=True)
+            seen = journal.Witness(environ, start_response, ROUTE)
+            return seen.witness(partial(self._answer, label, is_named=True))
 
         return entry
 
@@ -261,8 +265,13 @@ class Gateway:
         """A stream to the port inside."""
         try:
             return self._proxies.connect(endpoint)
-        except OSError as error:
-            raise Unavailable(f"the endpoint cannot be reached: {error.strerror}") from None
+        except (NotFound, PortClosed, Unavailable) as error:
+            error.sandbox_id = None
+            raise
+        except (HeyvmError, OSError) as error:
+            # What else it says is for whoever owns the sandbox: this goes to anybody.
+            log.info("%s cannot be reached: %s", endpoint.subdomain, error)
+            raise BadGateway("the sandbox of this endpoint does not answer") from None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ MAX_INTERIM = 32
 MAX_LINE_BYTES = 8 * 1024  # of chunked coding: a size with its extensions, a trailer
 MAX_TRAILERS = 100
 SILENT_S = 60.0  # without a byte, while an answer's head is due
-SEND_S = 24 * 60 * 60.0  # a reader that stands still for a day is none
+# A server that takes no byte of a body for so long gets none of the rest. While it stands still
+# so does the client, whose end could not be seen behind what it has sent.
+SEND_S = 600.0
 # Most answers are there at once: watching the client too would cost them more than the rest.
 UNWATCHED_S = 0.05
 LOOK_S = 5.0

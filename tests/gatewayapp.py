@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from heyvm import upstream
-from heyvm.errors import NotFound, PortClosed, Unavailable
+from heyvm.errors import BackendFailed, NotFound, PortClosed, Unavailable
 from heyvm.gateway import Gateway
 from heyvm.models import Endpoint
 from heyvm.settings import Settings
@@ -29,10 +29,10 @@ BASE = "sandbox.test"
 SECRET = "a secret of at least thirty-two bytes"
 KEY = b"k" * 32
 PUBLIC, PRIVATE, OTHER = "public0000000000", "private000000000", "other00000000000"
-STOPPED, CLOSED = "stopped000000000", "closed0000000000"
+STOPPED, CLOSED, BROKEN = "stopped000000000", "closed0000000000", "broken0000000000"
 ENDPOINTS = {
-    name: Endpoint(name, "sb-1", 80, 0.0, is_public=name in (PUBLIC, STOPPED, CLOSED))
-    for name in (PUBLIC, PRIVATE, OTHER, STOPPED, CLOSED)
+    name: Endpoint(name, "sb-1", 80, 0.0, is_public=name not in (PRIVATE, OTHER))
+    for name in (PUBLIC, PRIVATE, OTHER, STOPPED, CLOSED, BROKEN)
 }
 SILENT_S = 2.0
 
@@ -50,9 +50,11 @@ class Rows:
 
     def connect(self, endpoint: Endpoint) -> socket.socket:
         if endpoint.subdomain == STOPPED:
-            raise Unavailable("its sandbox is stopped")
+            raise Unavailable("its sandbox is stopped", sandbox_id="sb-1")
         if endpoint.subdomain == CLOSED:
             raise PortClosed("nobody listens there")
+        if endpoint.subdomain == BROKEN:
+            raise BackendFailed("the agent of sb-1 is at /run/heyvm/agents")
         return socket.create_connection(("127.0.0.1", self.port))
 
 
