@@ -162,6 +162,7 @@ class Relay:
     def __init__(self, ports: Ports, name: bytes) -> None:
         self.ports, self.loop, self.name = ports, ports.loop, name
         self.closed = False
+        self.timer: object = None
         self.dialled: _socket.socket | None = None
         self.sides: tuple[Side, ...] = ()
         ports.relays.add(self)
@@ -173,10 +174,11 @@ class Relay:
                 sock = _socket.socket(family, STREAM, 0)
             except OSError:  # no such family here, or no descriptor
                 continue
-            sock.connect_ex((host, port))
-            # Always "in progress", for the socket was busy with the call when the answer came. On
-            # loopback that is there already; asked again, the kernel tells.
             failure = sock.connect_ex((host, port))
+            if failure == errno.EINPROGRESS:
+                # Always, for the socket was busy with the call when the answer came. On loopback
+                # that is there already; asked again, the kernel tells.
+                failure = sock.connect_ex((host, port))
             if failure in (errno.EALREADY, errno.EINPROGRESS):
                 self._wait(sock, port, places[at + 1 :])
                 return
@@ -213,6 +215,11 @@ class Relay:
             if not self.closed:
                 self.loop.watch(side.fd, IN_AND_OUT if side.pending else IN, side.ready)
 
+    def linger(self) -> None:
+        """Close it in a moment."""
+        if self.timer is None:
+            self.timer = self.loop.after(LINGER_S, self.close)
+
     def waiting(self) -> None:
         """The dialling takes more than a moment."""
 
@@ -228,6 +235,7 @@ class Relay:
         if self.closed:
             return
         self.closed = True
+        self.loop.cancel(self.timer)
         self.ports.left(self)
         if self.dialled is not None:
             self.loop.close(self.dialled.detach())
@@ -287,7 +295,10 @@ class Asked(Relay):
         self.ports.agent.connections.discard(connection)
         connection.closed, connection.on_gone = True, None
         self.loop.forget(connection.fd)
-        posix.write(connection.fd, OK)  # the first that it is told: there is room
+        try:
+            posix.write(connection.fd, OK)  # the first that it is told: there is room
+        except OSError:  # gone: the first read finds that too
+            pass
         return connection.fd
 
     def close(self) -> None:
@@ -417,7 +428,7 @@ class Side:
         if self.outer:
             self.relay.close()
         else:
-            self.loop.after(LINGER_S, self.relay.close)
+            self.relay.linger()
 
     def reset(self) -> None:
         """All that it had said is read."""
