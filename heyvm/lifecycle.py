@@ -182,6 +182,7 @@ class Lifecycle:
         self.registry.agree(self.settings.run_dir)
         make_private(self.settings.run_dir)
         demand_safe(self.settings.run_dir)
+        self.sockets.open_directories()
 
     # -- create ----------------------------------------------------------------------------------
 
