@@ -20,7 +20,7 @@ from itertools import chain
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
-from heyvm import journal
+from heyvm import journal, metrics
 from heyvm.errors import (
     BadRequest,
     Forbidden,
@@ -82,6 +82,7 @@ MAX_COOKIES = 8  # of our name: an application next door can set some for its si
 # A path of this host and no other: neither `//host` nor what browsers take for it.
 LOCAL_PATH = re.compile(r"/(?:[!-.0-\[\]-~][!-\[\]-~]*)?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+ROUTE = "endpoint"  # of all that is forwarded, in the metrics
 # RFC 9110 section 7.6.1, and what older proxies say.
 HOP_BY_HOP = frozenset(
     {
@@ -196,16 +197,19 @@ class Gateway:
     def _answer(
         self, subdomain: str, environ: Environ, start_response: StartResponse, *, is_named: bool
     ) -> Iterable[bytes]:
+        start = Told(environ, start_response)
         try:
             self._check(environ, is_named)
             endpoint = self._found(subdomain)
-            call = Call(self, endpoint, environ, start_response, is_named)
-            return call.answer()
+            start.endpoint = endpoint
+            return Call(self, endpoint, environ, start, is_named).answer()
         except HeyvmError as error:
-            return tell(error, environ, start_response)
+            return tell(error, environ, start)
         except Cut:
             reset_client(environ)
             raise
+        finally:
+            journal.end()
 
     def _check(self, environ: Environ, is_named: bool) -> None:
         if environ["REQUEST_METHOD"] == "CONNECT":
@@ -274,6 +278,35 @@ class Gateway:
             raise BadGateway("the sandbox of this endpoint does not answer") from None
 
 
+class Told:
+    """start_response, which counts and says each answer as it begins. Neither its path nor its
+    query is said: they are the application's, and may hold what is secret."""
+
+    def __init__(self, environ: Environ, start_response: StartResponse) -> None:
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        self.request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+        self.endpoint: Endpoint | None = None
+        self._method = environ["REQUEST_METHOD"]
+        self._start_response = start_response
+        self._began = time.monotonic()
+        self._call = journal.begin(self.request_id)
+        self._call.client = client_of(environ)
+
+    def __call__(self, status: str, headers: Headers) -> None:
+        self.say(int(status[:3]))
+        self._start_response(status, headers)
+
+    def say(self, status: int) -> None:
+        seconds = time.monotonic() - self._began
+        metrics.here().answered(ROUTE, self._method, status, seconds)
+        if not journal.writes_json():
+            return
+        row = self.endpoint
+        whose = {} if row is None else {"endpoint": row.subdomain, "sandbox_id": row.sandbox_id}
+        took = {"duration_ms": round(seconds * 1000, 1)}
+        journal.access(self._call, {"method": self._method, "status": status, **took, **whose})
+
+
 @dataclass(frozen=True)
 class Call:
     """One request for one endpoint."""
@@ -281,7 +314,7 @@ class Call:
     gateway: Gateway
     endpoint: Endpoint
     environ: Environ
-    start_response: StartResponse
+    start_response: Told
     is_named: bool
 
     def answer(self) -> Iterable[bytes]:
@@ -400,6 +433,7 @@ class Call:
             raise BadGateway("the server inside changed protocols, which nobody asked for")
         lines = [*answer_headers(answer, {}), ("Connection", "Upgrade")]
         lines += [("Upgrade", value) for value in answer.values("upgrade")[:1]]
+        self.start_response.say(101)
         inside, down = exchange.take()
         keep_alive(client)
         relay(
@@ -612,10 +646,9 @@ def answer_headers(answer: Head, environ: Mapping[str, Any]) -> Headers:
     return [(name, value) for name, value in answer.headers if name.upper() not in dropped]
 
 
-def tell(error: HeyvmError, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+def tell(error: HeyvmError, environ: Environ, start_response: Told) -> Iterable[bytes]:
     """An error as a problem."""
-    given = environ.get("HTTP_X_REQUEST_ID", "")
-    request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+    request_id = start_response.request_id
     challenge = BAD_TOKEN if "HTTP_AUTHORIZATION" in environ else CHALLENGE
     status, headers, body = page(error, request_id, challenge=challenge)
     log.debug("%s %s: %s", request_id, kind_of(error).slug, error.detail)
