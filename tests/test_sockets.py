@@ -84,9 +84,7 @@ class World:
         return sock
 
     def works(self, endpoint: Endpoint, place: str = "public") -> bool:
-        with self.connect(endpoint, place) as sock:
-            sock.sendall(b"hello")
-            return sock.recv(5) == b"hello"
+        return echoes(self.settings.ports / place / f"{endpoint.subdomain}.sock")
 
     def mend(self) -> None:
         self.sockets.mend([one.sandbox for one in self.registry.running()])
@@ -428,7 +426,7 @@ def test_a_link_in_its_place_is_refused(tmp_path):
 
 
 @AS_ROOT
-def test_an_ordinary_users_server_has_them_too():
+def test_an_ordinary_users_server_has_them_too_and_its_keeper_mends_them():
     with Server(user=ORDINARY, API_HOSTNAME="sandbox.test") as server, server.http() as http:
         ref = create(http)["id"]
         run(http, ref, f"cat >/tmp/echo.py <<'EOF'\n{ECHO}\nEOF")
@@ -438,11 +436,22 @@ def test_an_ordinary_users_server_has_them_too():
         assert made.status_code == 201, made.text
         path = server.run_dir / "ports/public" / f"{made.json()['subdomain']}.sock"
         assert path.stat().st_uid == ORDINARY
+        assert echoes(path)
 
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
-            sock.connect(str(path))
-            sock.sendall(b"hello")
-            assert sock.recv(5) == b"hello"
+        path.unlink()
+        wait_until(path.exists, "it is made anew")
+        assert echoes(path)
+        assert http.post(f"/sandboxes/{ref}/stop").status_code == 200
+        assert not path.exists()
+        assert http.post(f"/sandboxes/{ref}/start").status_code == 200
+        assert path.exists()
         assert http.delete(f"/sandboxes/{ref}").status_code == 204
-        wait_until(lambda: not path.exists(), "its socket is gone")
+        assert not path.exists()
+
+
+def echoes(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        sock.sendall(b"hello")
+        return sock.recv(5) == b"hello"
