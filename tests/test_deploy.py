@@ -263,7 +263,7 @@ def test_a_restart_of_the_service_leaves_sandboxes_and_their_sockets() -> None:
 def test_nginx_takes_the_site_as_it_is_installed(installed: Path, tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin")
     if nginx is None:
-        subprocess.run([DEPLOY / "need", "nginx:nginx-light"], check=True)
+        subprocess.run([DEPLOY / "need", "nginx:nginx"], check=True)
         nginx = "/usr/sbin/nginx"
     etc = installed / "etc/nginx"
     site = (etc / "conf.d/heyvm.conf").read_text()
