@@ -119,7 +119,7 @@ def test_events_carry_the_request_that_caused_them(own: Server, alice: Session) 
     later = {"X-Request-Id": "later-1", "Prefer": "respond-async"}
     answer = alice.post("/sandboxes", json={"slug": "eventful"}, headers=later)
     assert answer.status_code == 202
-    wait_until(lambda: alice.get("/sandboxes/eventful").json()["status"] == "running", "it runs")
+    wait_until(lambda: said(own, event="sandbox.started", slug="eventful"), "it runs")
     for number, verb in enumerate(("pause", "resume", "stop", "start", "force-stop")):
         path = f"/sandboxes/eventful/{verb}"
         assert alice.post(path, headers={"X-Request-Id": f"verb-{number}"}).ok
