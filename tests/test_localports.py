@@ -230,7 +230,7 @@ def test_who_speaks_http_gets_a_page_where_nobody_answers(
     bind: Callable[..., int], port: int, slug: str
 ) -> None:
     local = bind(port)
-    answer = requests.post(f"http://127.0.0.1:{local}/", data=bytes(300_000), timeout=20)
+    answer = requests.get(f"http://127.0.0.1:{local}/", timeout=20)
     head = requests.head(f"http://127.0.0.1:{local}/", timeout=20)
 
     assert (answer.status_code, answer.json()["type"]) == (502, f"urn:heyvm:problem:{slug}")
@@ -239,6 +239,9 @@ def test_who_speaks_http_gets_a_page_where_nobody_answers(
     with dial(local) as sock:
         sock.sendall(b"HEAD / HTTP/1.1\r\n\r\n")
         assert all_of(sock).endswith(b"\r\n\r\n")
+    with dial(local) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 8388608\r\n\r\n" + bytes(8 << 20))
+        assert all_of(sock).startswith(b"HTTP/1.1 502 ")
 
 
 def test_a_request_in_pieces_gets_it_too_and_nothing_else_does(bind: Callable[..., int]) -> None:
