@@ -279,14 +279,15 @@ class Gateway:
 
 
 class Told:
-    """start_response, which counts and says each answer as it begins. Neither its path nor its
-    query is said: they are the application's, and may hold what is secret."""
+    """start_response, which counts and says each answer as it begins. A query is not said: it may
+    hold what is secret."""
 
     def __init__(self, environ: Environ, start_response: StartResponse) -> None:
         given = environ.get("HTTP_X_REQUEST_ID", "")
         self.request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
         self.endpoint: Endpoint | None = None
         self._method = environ["REQUEST_METHOD"]
+        self._path = re.split(r"[?#]", target_of(environ), maxsplit=1)[0]
         self._start_response = start_response
         self._began = time.monotonic()
         self._call = journal.begin(self.request_id)
@@ -303,8 +304,13 @@ class Told:
             return
         row = self.endpoint
         whose = {} if row is None else {"endpoint": row.subdomain, "sandbox_id": row.sandbox_id}
-        took = {"duration_ms": round(seconds * 1000, 1)}
-        journal.access(self._call, {"method": self._method, "status": status, **took, **whose})
+        fields = {
+            "method": self._method,
+            "path": self._path,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 1),
+        }
+        journal.access(self._call, {**fields, **whose})
 
 
 @dataclass(frozen=True)
