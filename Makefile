@@ -2,6 +2,7 @@
 # make test   everything that the tests need, then all of them
 # make check  format, lint, types, tests: what CI runs
 # make vm-test  tests on Debian's own kernel with cgroup v2, in QEMU (tests/vm/README.md)
+# make deploy-test  a bare Debian 12 from install to purge, in a container (deploy/README.md)
 # make bench  what is measured, side by side (bench/README.md)
 
 PORT ?= 3000
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for python in /usr/bin/python3 python3.13 python3.12 python3.1
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info)' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 
-.PHONY: run test vm-test check format lint types bench doctor clean install install-dev packages test-packages
+.PHONY: run test vm-test deploy-test check format lint types bench doctor clean install install-dev packages test-packages
 
 run: packages install
 	exec $(BIN)/heyvm --api --port $(PORT)
@@ -30,6 +31,9 @@ test: packages test-packages install-dev
 
 vm-test: install-dev
 	tests/vm/run $(TESTS)
+
+deploy-test: install-dev
+	tests/deploy/run
 
 check: packages test-packages install-dev
 	$(BIN)/ruff format --check .
