@@ -20,7 +20,7 @@ from itertools import chain
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote_to_bytes
 
-from heyvm import journal, metrics
+from heyvm import journal
 from heyvm.errors import (
     BadRequest,
     Forbidden,
@@ -82,7 +82,6 @@ MAX_COOKIES = 8  # of our name: an application next door can set some for its si
 # A path of this host and no other: neither `//host` nor what browsers take for it.
 LOCAL_PATH = re.compile(r"/(?:[!-.0-\[\]-~][!-\[\]-~]*)?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-ROUTE = "endpoint"  # of all that is forwarded, in the metrics
 # RFC 9110 section 7.6.1, and what older proxies say.
 HOP_BY_HOP = frozenset(
     {
@@ -167,7 +166,8 @@ class Gateway:
 
         def entry(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
             is_named = self._label(environ) == endpoint.subdomain
-            return self._answer(endpoint.subdomain, environ, start_response, is_named=is_named)
+            seen = journal.Witness(environ, start_response, ROUTE)
+            return seen.witness(partial(self._answer, endpoint.subdomain, is_named=is_named))
 
         return entry
 
@@ -197,19 +197,15 @@ class Gateway:
     def _answer(
         self, subdomain: str, environ: Environ, start_response: StartResponse, *, is_named: bool
     ) -> Iterable[bytes]:
-        start = Told(environ, start_response)
         try:
             self._check(environ, is_named)
             endpoint = self._found(subdomain)
-            start.endpoint = endpoint
-            return Call(self, endpoint, environ, start, is_named).answer()
+            return Call(self, endpoint, environ, start_response, is_named).answer()
         except HeyvmError as error:
-            return tell(error, environ, start)
+            return tell(error, environ, start_response)
         except Cut:
             reset_client(environ)
             raise
-        finally:
-            journal.end()
 
     def _check(self, environ: Environ, is_named: bool) -> None:
         if environ["REQUEST_METHOD"] == "CONNECT":
@@ -278,41 +274,6 @@ class Gateway:
             raise BadGateway("the sandbox of this endpoint does not answer") from None
 
 
-class Told:
-    """start_response, which counts and says each answer as it begins. A query is not said: it may
-    hold what is secret."""
-
-    def __init__(self, environ: Environ, start_response: StartResponse) -> None:
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        self.request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
-        self.endpoint: Endpoint | None = None
-        self._method = environ["REQUEST_METHOD"]
-        self._path = re.split(r"[?#]", target_of(environ), maxsplit=1)[0]
-        self._start_response = start_response
-        self._began = time.monotonic()
-        self._call = journal.begin(self.request_id)
-        self._call.client = client_of(environ)
-
-    def __call__(self, status: str, headers: Headers) -> None:
-        self.say(int(status[:3]))
-        self._start_response(status, headers)
-
-    def say(self, status: int) -> None:
-        seconds = time.monotonic() - self._began
-        metrics.here().answered(ROUTE, self._method, status, seconds)
-        if not journal.writes_json():
-            return
-        row = self.endpoint
-        whose = {} if row is None else {"endpoint": row.subdomain, "sandbox_id": row.sandbox_id}
-        fields = {
-            "method": self._method,
-            "path": self._path,
-            "status": status,
-            "duration_ms": round(seconds * 1000, 1),
-        }
-        journal.access(self._call, {**fields, **whose})
-
-
 @dataclass(frozen=True)
 class Call:
     """One request for one endpoint."""
@@ -320,7 +281,7 @@ class Call:
     gateway: Gateway
     endpoint: Endpoint
     environ: Environ
-    start_response: Told
+    start_response: StartResponse
     is_named: bool
 
     def answer(self) -> Iterable[bytes]:
@@ -439,7 +400,6 @@ class Call:
             raise BadGateway("the server inside changed protocols, which nobody asked for")
         lines = [*answer_headers(answer, {}), ("Connection", "Upgrade")]
         lines += [("Upgrade", value) for value in answer.values("upgrade")[:1]]
-        self.start_response.say(101)
         inside, down = exchange.take()
         keep_alive(client)
         relay(
@@ -652,9 +612,10 @@ def answer_headers(answer: Head, environ: Mapping[str, Any]) -> Headers:
     return [(name, value) for name, value in answer.headers if name.upper() not in dropped]
 
 
-def tell(error: HeyvmError, environ: Environ, start_response: Told) -> Iterable[bytes]:
+def tell(error: HeyvmError, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
     """An error as a problem."""
-    request_id = start_response.request_id
+    given = environ.get("HTTP_X_REQUEST_ID", "")
+    request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
     challenge = BAD_TOKEN if "HTTP_AUTHORIZATION" in environ else CHALLENGE
     status, headers, body = page(error, request_id, challenge=challenge)
     log.debug("%s %s: %s", request_id, kind_of(error).slug, error.detail)

@@ -142,6 +142,10 @@ class Witness:
         """Call it, and be its answer."""
         try:
             self._answer = application(self._environ, self.start)
+        except StopIteration:  # the connection was upgraded, and has ended
+            self._status = self._status or 101
+            self._end()
+            raise
         except BaseException:
             self._end()
             raise
