@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import socket
 import subprocess
 import sys
@@ -125,14 +126,15 @@ def test_gunicorn_with_our_file_is_the_same_server() -> None:
 
 
 def test_it_listens_on_one_address_and_on_nothing_else(own: Server) -> None:
-    wait_until(lambda: len(own.keeper_pids()) == 1, "a keeper")
+    wait_until(lambda: (own.run_dir / "keeper.sock").exists(), "a keeper")
 
     tcp = listening(own, "/proc/net/tcp", 3, 9, LISTENING_TCP)
     tcp |= listening(own, "/proc/net/tcp6", 3, 9, LISTENING_TCP)
     unix = listening(own, "/proc/net/unix", 3, 6, LISTENING_UNIX)
 
     assert len(tcp) == 1
-    assert unix == set()
+    assert len(unix) == 1  # the keeper's: only the server's own user may enter its directory
+    assert stat.S_IMODE(own.run_dir.stat().st_mode) == 0o700
 
 
 def listening(server: Server, table: str, state: int, inode: int, word: str) -> set[str]:
