@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 from heyvm.backends import trees
 from tests.nginx import HOSTNAME, Nginx
-from tests.server import PATIENCE
+from tests.server import PATIENCE, wait_until
 
 DEADLINE_S = 60 * PATIENCE  # its first start reads 300 MB from the disk
 
@@ -67,16 +68,25 @@ class Browser:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
                 env={"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8"},
             )
 
     def close(self) -> None:
-        """End it with all of its processes, which follow the first one."""
+        """End it with all of its processes, some of which write to its directory to the last."""
         for descriptor in (self._input, self._output):
             os.close(descriptor)
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(DEADLINE_S)
+        wait_until(self._is_gone, "chromium's processes are gone")
         trees.remove(str(self.home))
+
+    def _is_gone(self) -> bool:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        return False
 
     def open(self, url: str) -> None:
         """Go there. The page may still be loading when this returns."""

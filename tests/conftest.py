@@ -16,6 +16,7 @@ from tests.server import run as run_in
 
 Record = dict[str, Any]
 
+TOGETHER = ("test_browser.py", "test_nginx.py")
 RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 GLIBCS_OWN_SIGNALS = (32, 33)  # nptl/internal-signals.h; sigaction(3) refuses to touch them
 
@@ -27,6 +28,20 @@ def pytest_configure() -> None:
     default_action = bytes(32)
     for sign in GLIBCS_OWN_SIGNALS if number else ():
         ctypes.CDLL(None).syscall(number, sign, default_action, None, 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file that starts much for all of them on one worker. (pytest-xdist 3.8
+    looks for `xdist_group` marks in the ids of tests, where pytest 9.2 lets it write none.)"""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByFile(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,6 @@ from tests.nginx import HOSTNAME, Nginx
 from tests.server import Server, Session, create, run, wait_until
 from tests.ways import expose
 
-pytestmark = pytest.mark.xdist_group("browser")
-
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[Path]:

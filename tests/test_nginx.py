@@ -29,9 +29,6 @@ from tests.nginx import HOSTNAME, Answer, Nginx
 from tests.server import Server, Session, create, run, wait_until
 from tests.ways import Connection, Way, everything, expose, lines_of
 
-# One nginx and one server for all of this file, on whichever worker has it.
-pytestmark = pytest.mark.xdist_group("nginx")
-
 GIB = 1024 * 1024 * 1024
 SECRET = "a secret for tests, of more than 32 bytes"
 WAYS = ("nginx", "host", "local")
