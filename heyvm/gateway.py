@@ -110,6 +110,8 @@ OURS = frozenset(
     }
 )
 OURS_BEGIN = ("X-FORWARDED-", "X-HEYVM-")
+# By these, a server inside could have another proxy before us send what files of its own it likes.
+FOR_PROXIES = frozenset({"X-ACCEL-REDIRECT", "X-SENDFILE", "X-LIGHTTPD-SEND-FILE"})
 # gunicorn writes these two itself, whatever it is given.
 OF_GUNICORN = frozenset({"DATE", "SERVER"})
 READ_BYTES = 64 * 1024
@@ -264,7 +266,7 @@ class Gateway:
     def connect(self, endpoint: Endpoint) -> socket.socket:
         """A stream to the port inside."""
         try:
-            return self._proxies.connect(endpoint)
+            stream = self._proxies.connect(endpoint)
         except (NotFound, PortClosed, Unavailable) as error:
             error.sandbox_id = None
             raise
@@ -272,6 +274,19 @@ class Gateway:
             # What else it says is for whoever owns the sandbox: this goes to anybody.
             log.info("%s cannot be reached: %s", endpoint.subdomain, error)
             raise BadGateway("the sandbox of this endpoint does not answer") from None
+        try:
+            self._check_again(endpoint)
+        except HeyvmError:
+            stream.close()
+            raise
+        return stream
+
+    def _check_again(self, endpoint: Endpoint) -> None:
+        """What was open is cut after the row has changed: who was let in before that, and is
+        connected after the cut, would stay in for as long as a WebSocket lasts."""
+        now = self._proxies.find(endpoint.subdomain)
+        if endpoint.is_public and not now.is_public:
+            raise Unavailable("this endpoint was made private a moment ago: try again")
 
 
 @dataclass(frozen=True)
@@ -396,10 +411,10 @@ class Call:
         """The client's connection becomes the one inside. Returns when both ways have ended, with
         what the servers that this runs in take for the end of a connection: StopIteration."""
         client = socket_of(self.environ)
-        if upgrade is None or client is None:
+        became = [value.lower() for value in answer.values("upgrade")]
+        if upgrade is None or client is None or became != ["websocket"]:
             raise BadGateway("the server inside changed protocols, which nobody asked for")
-        lines = [*answer_headers(answer, {}), ("Connection", "Upgrade")]
-        lines += [("Upgrade", value) for value in answer.values("upgrade")[:1]]
+        lines = [*answer_headers(answer, {}), ("Connection", "Upgrade"), ("Upgrade", "websocket")]
         inside, down = exchange.take()
         keep_alive(client)
         relay(
@@ -514,12 +529,12 @@ def _bytes_of_known_length(reader: Any) -> Iterator[bytes]:
 
 
 def upgrade_of(environ: Mapping[str, Any]) -> str | None:
-    """The protocol that a client wants to change to."""
-    if environ.get("SERVER_PROTOCOL") != "HTTP/1.1" or "UPGRADE" not in named_in_connection(
-        environ
-    ):
-        return None
-    return environ.get("HTTP_UPGRADE")
+    """The protocol that a client wants to change to: a WebSocket, or None. Over h2c, a client would
+    tell the server inside what authenticates its next requests to us."""
+    asked = environ.get("HTTP_UPGRADE", "")
+    is_new = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    is_meant = is_new and "UPGRADE" in named_in_connection(environ)
+    return asked if is_meant and asked.lower() == "websocket" else None
 
 
 def named_in_connection(environ: Mapping[str, Any]) -> set[str]:
@@ -604,7 +619,7 @@ def answer_headers(answer: Head, environ: Mapping[str, Any]) -> Headers:
     named = {
         name.strip().upper() for value in answer.values("connection") for name in value.split(",")
     }
-    dropped = HOP_BY_HOP | named
+    dropped = HOP_BY_HOP | FOR_PROXIES | named
     if "gunicorn.socket" in environ:
         dropped |= OF_GUNICORN
     if answer.status < 200:

@@ -1,0 +1,148 @@
+"""Attacks on the ways in to endpoints: by servers inside sandboxes, and by whoever may use one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from heyvm.errors import NotFound
+from heyvm.gateway import Gateway
+from heyvm.models import Endpoint
+from heyvm.settings import Settings
+from tests.gatewayapp import BASE, KEY, PUBLIC, SECRET
+from tests.gateways import Front, all_of, gateway, request
+
+
+class Liar:
+    """A server that says one thing to whoever comes, and keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.answer = b""
+        self.heard: list[bytes] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        Thread(target=self._serve, daemon=True).start()
+
+    def say(self, answer: bytes) -> None:
+        """From now on, and forget what was heard."""
+        self.answer = answer
+        self.heard.clear()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with client:
+                self.heard.append(client.recv(65536))
+                client.sendall(self.answer)
+                client.settimeout(0.5)
+                try:
+                    while piece := client.recv(65536):
+                        self.heard.append(piece)
+                except OSError:
+                    pass
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture(scope="module")
+def inside() -> Iterator[Liar]:
+    liar = Liar()
+    yield liar
+    liar.close()
+
+
+@pytest.fixture(scope="module", params=["gunicorn", "localhttp"])
+def front(
+    request: pytest.FixtureRequest, inside: Liar, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Front]:
+    with gateway(request.param, inside.port, tmp_path_factory.mktemp("front")) as running:
+        yield running
+
+
+# -- what a server inside answers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "became"), [("h2c", "h2c"), ("websocket", "h2c"), ("tls/1.2", "websocket")]
+)
+def test_no_protocol_but_a_websocket_carries_the_next_request_s_credentials_in(
+    asked: str, became: str, front: Front, inside: Liar
+) -> None:
+    inside.say(f"HTTP/1.1 101 Go\r\nConnection: Upgrade\r\nUpgrade: {became}\r\n\r\n".encode())
+    with front.connect() as sock:
+        sock.sendall(request("/", f"Upgrade: {asked}", "Connection: Upgrade"))
+        assert b" 502 " in sock.recv(65536)
+        sock.sendall(request("/", "Authorization: Basic aHVzaA==", "Connection: close"))
+        all_of(sock)
+    assert len(inside.heard) == 2  # each on a connection of its own
+    assert b"upgrade: h2c" not in b"".join(inside.heard).lower()
+
+
+def test_no_answer_moves_another_proxy_to_send_a_file_of_its_own(
+    front: Front, inside: Liar
+) -> None:
+    headers = ("X-Accel-Redirect: /etc/passwd", "X-Sendfile: /etc/passwd", "X-Accel-Buffering: no")
+    lines = ["HTTP/1.1 200 OK", "Content-Length: 2", *headers, "", "ok"]
+    inside.say("\r\n".join(lines).encode())
+
+    answer = front.get("/")
+
+    assert answer.body == b"ok"
+    assert b"/etc/passwd" not in answer.raw
+    assert answer.header("X-Accel-Buffering") == ["no"]
+
+
+# -- changes of who may use it -------------------------------------------------------------------
+
+
+class Late:
+    """Endpoints, one of which is changed just before somebody who was let in is connected."""
+
+    def __init__(self, now: Endpoint | None) -> None:
+        self.row: Endpoint | None = Endpoint(PUBLIC, "sb-1", 80, 0.0)
+        self.now = now
+        self.inside, self.stream = socket.socketpair()
+
+    def find(self, subdomain: str) -> Endpoint:
+        if self.row is None:
+            raise NotFound("it was deleted")
+        return self.row
+
+    def connect(self, endpoint: Endpoint) -> socket.socket:
+        self.row = self.now
+        return self.stream
+
+
+@pytest.mark.parametrize(("now", "status"), [("private", "503"), ("gone", "404")])
+def test_who_was_let_in_before_a_change_is_not_connected_after_it(now: str, status: str) -> None:
+    private = Endpoint(PUBLIC, "sb-1", 80, 0.0, is_public=False)
+    rows = Late(private if now == "private" else None)
+    nowhere = Path("/nonexistent")
+    settings = Settings(nowhere, nowhere, jwt_secret=SECRET, api_hostname=BASE)
+    entry = Gateway(settings, rows, lambda: KEY).wrap(lambda *_: [])
+    told: list[str] = []
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": "GET",
+        "RAW_URI": "/",
+        "HTTP_HOST": f"{PUBLIC}.{BASE}",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": "192.0.2.1",
+    }
+    answer: Any = entry(environ, lambda status, *_: told.append(status))
+    list(answer)
+    answer.close()
+
+    assert [one[:3] for one in told] == [status]
+    rows.inside.settimeout(5)
+    with rows.inside:
+        assert rows.inside.recv(1000) == b""
