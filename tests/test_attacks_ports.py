@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -16,17 +17,21 @@ from heyvm.models import Endpoint
 from heyvm.settings import Settings
 from tests.gatewayapp import BASE, KEY, PUBLIC, SECRET
 from tests.gateways import Front, all_of, gateway, request
+from tests.nginx import HOSTNAME, Nginx
 
 
 class Liar:
     """A server that says one thing to whoever comes, and keeps what it hears."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.answer = b""
         self.heard: list[bytes] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
+        self._listener = listener
         Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return int(self._listener.getsockname()[1])
 
     def say(self, answer: bytes) -> None:
         """From now on, and forget what was heard."""
@@ -56,9 +61,26 @@ class Liar:
 
 @pytest.fixture(scope="module")
 def inside() -> Iterator[Liar]:
-    liar = Liar()
+    liar = Liar(socket.create_server(("127.0.0.1", 0)))
     yield liar
     liar.close()
+
+
+@pytest.fixture(scope="module")
+def at_socket() -> Iterator[tuple[Nginx, Liar]]:
+    """nginx, with no server, and a liar at the socket of a public endpoint."""
+    with tempfile.TemporaryDirectory(prefix="hp-") as name:
+        path = Path(name) / "public" / f"{PUBLIC}.sock"
+        path.parent.mkdir()
+        path.parent.parent.chmod(0o755)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        path.chmod(0o777)
+        listener.listen()
+        liar = Liar(listener)
+        with Nginx(upstream="127.0.0.1:1", ports_dir=Path(name)) as running:
+            yield running, liar
+        liar.close()
 
 
 @pytest.fixture(scope="module", params=["gunicorn", "localhttp"])
@@ -86,6 +108,19 @@ def test_no_protocol_but_a_websocket_carries_the_next_request_s_credentials_in(
         all_of(sock)
     assert len(inside.heard) == 2  # each on a connection of its own
     assert b"upgrade: h2c" not in b"".join(inside.heard).lower()
+
+
+@pytest.mark.parametrize("asked", ["h2c", "tls/1.2", "websocket, h2c", "xwebsocket"])
+def test_nginx_becomes_no_tunnel_for_anything_else_either(
+    asked: str, at_socket: tuple[Nginx, Liar]
+) -> None:
+    nginx, inside = at_socket
+    inside.say(b"HTTP/1.1 101 Go\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+    with nginx.connect(f"{PUBLIC}.{HOSTNAME}") as sock:
+        host = f"{PUBLIC}.{HOSTNAME}"
+        sock.sendall(request("/", f"Upgrade: {asked}", "Connection: Upgrade", host=host))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 400 ")
+    assert inside.heard == []
 
 
 def test_no_answer_moves_another_proxy_to_send_a_file_of_its_own(
