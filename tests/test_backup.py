@@ -306,6 +306,15 @@ def test_a_restore_is_refused_beside_a_server(source: Server) -> None:
     assert (done.returncode, "stop it first" in done.stderr) == (1, True), done.stderr
 
 
+def purge(server: Server) -> None:
+    """As it says itself: again, where a busy machine took too long over something."""
+    for attempt in (1, 2):
+        done = heyvm("purge", "--yes", **environ_of(server))
+        if done.returncode == 0:
+            return
+    raise AssertionError(f"attempt {attempt}: {done.stderr}")
+
+
 def restore_into(server: Server) -> subprocess.CompletedProcess[str]:
     return heyvm("restore", "/dev/null", **environ_of(server))
 
@@ -339,7 +348,7 @@ def test_everything_is_there_after_a_restore(
     source.stop()
     busy = restore_into(source)
     assert (busy.returncode, "is not empty" in busy.stderr) == (1, True), busy.stderr
-    assert heyvm("purge", "--yes", **environ_of(source)).returncode == 0
+    purge(source)
     # Elsewhere, with another mark: as on another machine.
     source.data_dir = source.home / "elsewhere"
 
