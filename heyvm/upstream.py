@@ -26,7 +26,8 @@ MAX_HEAD_LINES = 100
 MAX_INTERIM = 32
 MAX_LINE_BYTES = 8 * 1024  # of chunked coding: a size with its extensions, a trailer
 MAX_TRAILERS = 100
-SILENT_S = 60.0  # without a byte, while an answer's head is due
+# Without a byte, while an answer's head is due; as deploy/nginx has it. Some requests think long.
+SILENT_S = 3600.0
 # A server that takes no byte of a body for so long gets none of the rest. While it stands still
 # so does the client, whose end could not be seen behind what it has sent.
 SEND_S = 600.0
