@@ -50,8 +50,10 @@ lint: install-dev
 types: install-dev
 	$(BIN)/mypy
 
-bench: packages install-dev
+bench: packages test-packages install-dev
+	@deploy/need wrk:wrk
 	$(BIN)/python bench/bench.py
+	$(BIN)/python bench/ports.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
