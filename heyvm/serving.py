@@ -87,8 +87,12 @@ accesslog = None
 
 def on_starting(server: Any) -> None:
     """Say what is odd about the settings, or stop; make the pipe that tells the keeper the end."""
-    from heyvm import worker
+    from heyvm import localports, worker
 
+    # A request that is forwarded takes up to four descriptors: of the usual 1,024, a few hundred
+    # clients of one endpoint would leave none for the API. Here, so that every process, and what
+    # starts in a sandbox, has the same.
+    localports.raise_file_limit()
     # Parts of what is made here are for a sandbox's ids too, which a stricter one would keep out.
     os.umask(0o022)
     settings = _settings()

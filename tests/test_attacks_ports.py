@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from heyvm import serving
 from heyvm.errors import NotFound
 from heyvm.gateway import Gateway
 from heyvm.models import Endpoint
@@ -18,6 +20,7 @@ from heyvm.settings import Settings
 from tests.gatewayapp import BASE, KEY, PUBLIC, SECRET
 from tests.gateways import Front, all_of, gateway, request
 from tests.nginx import HOSTNAME, Nginx
+from tests.server import Server
 
 
 class Liar:
@@ -181,3 +184,20 @@ def test_who_was_let_in_before_a_change_is_not_connected_after_it(now: str, stat
     rows.inside.settimeout(5)
     with rows.inside:
         assert rows.inside.recv(1000) == b""
+
+
+# -- floods --------------------------------------------------------------------------------------
+
+
+def test_clients_of_endpoints_find_descriptors_and_leave_some_for_the_api() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # what a shell has
+    try:
+        server = Server()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with server:
+        # Up to four for each connection that is forwarded.
+        enough = min(hard, 4 * serving.worker_connections + 256)
+        for pid in server.worker_pids():
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] >= enough
