@@ -154,6 +154,7 @@ class Gateway:
             label = self._label(environ)
             if label is None:
                 return app(environ, start_response)
+            name_request(environ)
             seen = journal.Witness(environ, start_response, ROUTE)
             return seen.witness(partial(self._answer, label, is_named=True))
 
@@ -168,6 +169,7 @@ class Gateway:
 
         def entry(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
             is_named = self._label(environ) == endpoint.subdomain
+            name_request(environ)
             seen = journal.Witness(environ, start_response, ROUTE)
             return seen.witness(partial(self._answer, endpoint.subdomain, is_named=is_named))
 
@@ -178,8 +180,8 @@ class Gateway:
         be of the endpoint's own name; `Invalid` unless `path` is a path of it."""
         if not LOCAL_PATH.fullmatch(path):
             raise Invalid(
-                "path: say one of this endpoint's, as /docs?page=2",
-                errors={"path": ["Must be a path: /docs?page=2"]},
+                "path: say one of this endpoint's that begins with /, as /docs?page=2",
+                errors={"path": ["Must begin with /, as /docs?page=2"]},
             )
         token = self._passes.link(endpoint.subdomain)
         where = f"{base_url.rstrip('/')}{RESERVED}/enter"
@@ -459,6 +461,13 @@ class Answer:
 # -- what is asked -----------------------------------------------------------------------------
 
 
+def name_request(environ: Environ) -> None:
+    """Its X-Request-Id, by which the client, the log and the application know it: the client's own
+    where it can stand in a log."""
+    if not REQUEST_ID.fullmatch(environ.get("HTTP_X_REQUEST_ID", "")):
+        environ["HTTP_X_REQUEST_ID"] = os.urandom(8).hex()
+
+
 def target_of(environ: Mapping[str, Any]) -> str:
     """Path and query as they were sent; `*` of OPTIONS too."""
     target = str(environ["RAW_URI"])
@@ -629,8 +638,7 @@ def answer_headers(answer: Head, environ: Mapping[str, Any]) -> Headers:
 
 def tell(error: HeyvmError, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
     """An error as a problem."""
-    given = environ.get("HTTP_X_REQUEST_ID", "")
-    request_id = given if REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+    request_id = environ["HTTP_X_REQUEST_ID"]
     challenge = BAD_TOKEN if "HTTP_AUTHORIZATION" in environ else CHALLENGE
     status, headers, body = page(error, request_id, challenge=challenge)
     log.debug("%s %s: %s", request_id, kind_of(error).slug, error.detail)

@@ -140,6 +140,20 @@ def test_no_answer_moves_another_proxy_to_send_a_file_of_its_own(
     assert answer.header("X-Accel-Buffering") == ["no"]
 
 
+@pytest.mark.parametrize("given", ["", "no\tid", 'x"} {"kind":"event', "i" * 129])
+def test_the_application_gets_an_id_that_can_stand_in_a_log(
+    given: str, front: Front, inside: Liar
+) -> None:
+    inside.say(b"nothing that is HTTP")
+
+    answer = front.get("/", f"X-Request-Id: {given}")
+
+    (told,) = answer.header("X-Request-Id")
+    assert answer.status == 502 and told != given
+    assert f"X-Request-Id: {told}\r\n".encode() in inside.heard[0]
+    assert f'"request_id": "{told}"'.encode() in answer.body
+
+
 # -- changes of who may use it -------------------------------------------------------------------
 
 
