@@ -43,6 +43,7 @@ OOM_S = 1.0
 WAKE_S = 1.0  # so long may a sandbox stand still whose backup was killed
 SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
 MEND_S = 2.0
+CUT_AGAIN_S = 600.0  # so long may the server be down after a removal was cut short
 SPARE_S = 0.5
 UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
@@ -86,6 +87,7 @@ class Keeper:
         self._changes: int | None = None
         self._synced: int | None = None
         self._running: Sequence[Entry] = ()
+        self._cut: set[str] = set()  # subdomains
         self._sampler = Sampler(lifecycle.settings.run_dir, lifecycle.backend_of)
         self._rounds: tuple[_Round, ...] = (
             _Round(0.0, self._expire),
@@ -97,6 +99,7 @@ class Keeper:
             _Round(0.0, self._look_at_ports),
             _Round(MEND_S, self._mend_sockets),
             _Round(MEND_S, self._remove_unmade),
+            _Round(MEND_S, self._cut_removed),
             _Round(SWEEP_S, self._sweep),
             _Round(UPKEEP_S, self._upkeep),
             _Round(CHORES_S, self._tidy_registry),
@@ -216,19 +219,38 @@ class Keeper:
         self._works.begin("mend sockets", partial(self._lifecycle.sockets.mend, running))
 
     def _remove_unmade(self) -> None:
-        for endpoint in self._registry.unready_endpoints():
-            work = partial(self._remove_if_unmade, endpoint)
-            self._works.begin(f"endpoint {endpoint.subdomain}", work)
+        for sandbox_id in {one.sandbox_id for one in self._registry.unready_endpoints()}:
+            work = partial(self._remove_unmade_of, sandbox_id)
+            self._works.begin(f"endpoints of {sandbox_id}", work)
 
-    def _remove_if_unmade(self, endpoint: Endpoint) -> None:
-        """An endpoint whose maker, who holds the sandbox's lock meanwhile, died."""
-        with self._lifecycle.hold(endpoint.sandbox_id) as sandbox:
-            unready = {one.subdomain for one in self._registry.unready_endpoints()}
-            if sandbox is None or endpoint.subdomain not in unready:
+    def _remove_unmade_of(self, sandbox_id: str) -> None:
+        """Endpoints whose maker, who holds the sandbox's lock meanwhile, died."""
+        with self._lifecycle.hold(sandbox_id) as sandbox:
+            if sandbox is None:
                 return
-            self._registry.remove_endpoint(endpoint.subdomain)
-            self._lifecycle.sockets.close(sandbox, endpoint)
-        self._ports.sync(endpoint.sandbox_id)
+            for endpoint in self._registry.unready_endpoints():
+                if endpoint.sandbox_id == sandbox_id:
+                    self._registry.remove_endpoint(endpoint.subdomain)
+                    self._lifecycle.sockets.close(sandbox, endpoint)
+        self._ports.sync(sandbox_id)
+
+    def _cut_removed(self) -> None:
+        """Who is still in by an endpoint that is gone: whoever removed it may have died before it
+        cut them. It may be doing so just now as well; twice is fine."""
+        since = self._registry.clock.wall() - CUT_AGAIN_S
+        removed = {one.subdomain: one for one in self._registry.removed_endpoints(since)}
+        self._cut.intersection_update(removed)
+        new = [one for name, one in removed.items() if name not in self._cut]
+        for sandbox_id in {one.sandbox_id for one in new}:
+            those = [one for one in new if one.sandbox_id == sandbox_id]
+            self._works.begin(f"cut {sandbox_id}", partial(self._cut_all, sandbox_id, those))
+
+    def _cut_all(self, sandbox_id: str, endpoints: Sequence[Endpoint]) -> None:
+        sandbox = self._registry.find(sandbox_id)
+        for endpoint in endpoints:
+            if sandbox is not None:
+                self._lifecycle.sockets.close(sandbox, endpoint)
+            self._cut.add(endpoint.subdomain)
 
     def _sweep(self) -> None:
         for name in self._lifecycle.backends:

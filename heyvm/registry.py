@@ -141,6 +141,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             deleted_at REAL
         ) WITHOUT ROWID""",
         "CREATE INDEX live_endpoints ON endpoints (sandbox_id) WHERE deleted_at IS NULL",
+        "CREATE INDEX removed_endpoints ON endpoints (deleted_at) WHERE deleted_at IS NOT NULL",
         "INSERT INTO meta VALUES ('link-key', randomblob(32))",
         # Those whose open_ports were only remembered.
         """INSERT INTO endpoints
@@ -860,6 +861,15 @@ class Registry:
         """Those that somebody is making, or was when it died."""
         rows = self._file.read(
             f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE deleted_at IS NULL AND NOT ready"
+        )
+        return [_endpoint(row) for row in rows]
+
+    def removed_endpoints(self, since: float) -> Sequence[Endpoint]:
+        """Those that were removed after this moment, of sandboxes that are still there."""
+        rows = self._file.read(
+            f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE deleted_at > ? AND EXISTS"
+            " (SELECT 1 FROM sandboxes WHERE id = sandbox_id AND sandboxes.deleted_at IS NULL)",
+            (since,),
         )
         return [_endpoint(row) for row in rows]
 
