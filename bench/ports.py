@@ -7,6 +7,7 @@ the host with nothing in between. wrk asks, in turns; part of `make bench`, or a
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -87,9 +88,30 @@ class Way:
         return int(size) / float(seconds) / 1e6
 
 
+class HostNginx(Nginx):
+    """nginx with the same configuration, all but where it leads: to a port of the host."""
+
+    def __init__(self, *, upstream: str, ports_dir: Path, port: int) -> None:
+        self.port = port
+        super().__init__(upstream=upstream, ports_dir=ports_dir)
+
+    def _rendered(self) -> str:
+        ports_dir = self.values["PORTS_DIR"]
+        there = f"{ports_dir}/public/${{heyvm_subdomain}}.sock"
+        whole = (
+            super()._rendered().replace(f"http://unix:{there}:", f"http://127.0.0.1:{self.port}")
+        )
+        return whole.replace(f"!-x {there}", f"!-d {self.home}")
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def node(place: str) -> Iterator[None]:
-    """The server on the host: at a port, or a unix socket."""
+    """The server on the host, at a port."""
     with subprocess.Popen(["node", "-e", SERVER % BIG_BYTES, "-", place]) as process:
         try:
             yield
@@ -118,14 +140,10 @@ def ways(stack: ExitStack) -> list[Way]:
     """Everything that is measured, running."""
     place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hb-")))
     place.chmod(0o755)
-    (place / "host" / "public").mkdir(parents=True)
     name = "host000000000000"
-    socket = place / "host" / "public" / f"{name}.sock"
-    stack.enter_context(node(str(socket)))
     bare = free_port()
     stack.enter_context(node(str(bare)))
-    wait_until(socket.exists, "node listens")
-    socket.chmod(0o777)
+    wait_until(lambda: answers(bare), "node listens")
     local = stack.enter_context(Server())
     named = stack.enter_context(
         Server(
@@ -135,7 +153,7 @@ def ways(stack: ExitStack) -> list[Way]:
         )
     )
     upstream = f"127.0.0.1:{named.port}"
-    before_host = Nginx(upstream=upstream, ports_dir=place / "host")
+    before_host = HostNginx(upstream=upstream, ports_dir=place / "host", port=bare)
     stack.callback(before_host.close)
     before_sandbox = Nginx(upstream=upstream, ports_dir=place / "ports")
     stack.callback(before_sandbox.close)
