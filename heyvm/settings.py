@@ -23,6 +23,9 @@ DEFAULT_IMAGES: Mapping[str, str] = {
     "python": "python:3.12-slim",
     "node": "node:22-slim",
 }
+# An underscore is in no name of the Internet's, but in some that networks of containers give.
+LABEL = "[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?"
+HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*")
 LEAST_CPUS = 0.01
 SHORT_SECRET_BYTES = 32  # RFC 7518 section 3.2: a key for HS256 has at least the hash's size
 
@@ -133,7 +136,7 @@ def from_env(environ: Mapping[str, str]) -> Settings:
         log_json=_choice(environ, "HEYVM_LOG", ("text", "json")) == "json",
         jwt_secret=secret,
         jwt_audience=environ.get("JWT_AUDIENCE") or None,
-        api_hostname=(environ.get("API_HOSTNAME") or "").strip().strip(".").lower() or None,
+        api_hostname=_host_name(environ, "API_HOSTNAME"),
         auth_server_url=environ.get("AUTH_SERVER_URL")
         or ("http://localhost:3001" if dev else None),
         allow_open=_flag(environ, "HEYVM_ALLOW_OPEN"),
@@ -209,6 +212,17 @@ def _choice(environ: Mapping[str, str], name: str, words: tuple[str, ...]) -> st
     return value
 
 
+def _host_name(environ: Mapping[str, str], name: str) -> str | None:
+    value = environ.get(name, "").strip()
+    found = value.strip(".").lower()
+    if found and not HOST_NAME.fullmatch(found):
+        raise Misconfigured(
+            f"{name} is {value!r}: say a host name alone (example.com), without https://, a port,"
+            " a path or *"
+        )
+    return found or None
+
+
 def _directory(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(environ[name]).absolute() if environ.get(name) else None
 
@@ -220,7 +234,9 @@ def _group(environ: Mapping[str, str], name: str) -> int | None:
     try:
         return int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
     except KeyError:
-        raise Misconfigured(f"{name} is {value!r}: there is no such group here") from None
+        raise Misconfigured(
+            f"{name} is {value!r}: there is no such group here; say that of nginx (www-data)"
+        ) from None
 
 
 def _count(environ: Mapping[str, str], name: str, default: int | None = None) -> int | None:

@@ -94,13 +94,13 @@ class Sockets:
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 raise Misconfigured(f"{path} is not a directory of the server's own")
             if gid is not None and found.st_gid != gid:
-                os.chown(path, -1, gid)
+                _give_group(path, gid)
             if stat.S_IMODE(found.st_mode) != mode:
                 path.chmod(mode)
         except OSError as error:
             raise Misconfigured(
                 f"{path} cannot be made: {error.strerror}; set HEYVM_PORTS_DIR to a place where it"
-                " can, and HEYVM_PORTS_GROUP to a group that the server's user is in"
+                " can"
             ) from None
 
     # -- one endpoint ----------------------------------------------------------------------------
@@ -325,3 +325,13 @@ def is_right(
     if status is Status.PAUSED:  # one that is missing cannot be made: its agent is halted
         return there <= {(PAUSED, SUFFIX)}
     return not there
+
+
+def _give_group(path: Path, gid: int) -> None:
+    try:
+        os.chown(path, -1, gid)
+    except OSError as error:
+        raise Misconfigured(
+            f"{path} cannot be given to the group {gid} of HEYVM_PORTS_GROUP: {error.strerror};"
+            " name one that the server's user is in (usermod -aG), or run the server as root"
+        ) from None

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -420,6 +421,19 @@ def test_a_link_in_its_place_is_refused(tmp_path):
 
     with pytest.raises(Misconfigured, match="not a directory of the server's own"):
         sockets_in(tmp_path, ports_dir=tmp_path / "ports").open_directories()
+
+
+@AS_ROOT
+def test_who_may_not_give_it_to_the_group_is_told_so(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own are root's alone
+        os.chown(place, ORDINARY, -1)
+        sockets = sockets_in(tmp_path, ports_dir=Path(place, "ports"), ports_group=GROUP)
+        os.seteuid(ORDINARY)
+        try:
+            with pytest.raises(Misconfigured, match="cannot be given to the group 33.*permitted"):
+                sockets.open_directories()
+        finally:
+            os.seteuid(0)
 
 
 # -- whoever runs the server -----------------------------------------------------------------------

@@ -31,7 +31,7 @@ def require_type(*accepted: str) -> None:
         raise UnsupportedMedia("send the body plain: a Content-Encoding is not read here")
     if request.mimetype not in accepted:
         given = f"not {request.mimetype}" if request.mimetype else "and there is no Content-Type"
-        raise UnsupportedMedia(f"this route reads {' or '.join(accepted)}, {given}")
+        raise UnsupportedMedia(f"this route reads a body of type {' or '.join(accepted)}, {given}")
     charset = request.mimetype_params.get("charset", "utf-8").lower()
     if charset not in ("utf-8", "utf8", "us-ascii"):
         raise UnsupportedMedia(f"send UTF-8, not {charset}")

@@ -43,7 +43,7 @@ class LinkRequest(Request):
 
     path = Text(
         load_default="/",
-        validate=[at_most(limits.MAX_NAME), Form(LOCAL_PATH, "Must be a path: /docs?page=2")],
+        validate=[at_most(limits.MAX_NAME), Form(LOCAL_PATH, "Must begin with /, as /docs?page=2")],
         metadata=about("A path of the endpoint's.", "/"),
     )
 
