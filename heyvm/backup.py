@@ -141,7 +141,13 @@ def _output(target: str) -> Iterator[IO[bytes]]:
         return
     part = f"{target}.part"
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # Never one that is there: it may be a link, or of somebody who would read all of this.
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise Failed(
+            f"{part} is there already: another backup writes it, or one that was killed has left"
+            " it; remove it then"
+        ) from None
     except OSError as error:
         raise Failed(f"{part} cannot be written: {error.strerror}") from None
     try:

@@ -290,6 +290,25 @@ def test_ids_that_somebody_else_has_are_not_taken(tmp_path: Path) -> None:
     assert (etc / "subgid").read_text().splitlines() == [line]
 
 
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_backup_goes_into_nothing_that_somebody_has_laid_there(
+    source: Server, home: Path, kind: str
+) -> None:
+    """In /tmp, say: root would write over whatever the link leads to, or into another's file."""
+    trap, there = home / f"laid-{kind}.part", home / f"precious-{kind}"
+    there.write_bytes(b"before")
+    if kind == "link":
+        trap.symlink_to(there)
+    else:
+        trap.hardlink_to(there)
+
+    done = heyvm("backup", str(trap.with_suffix("")), **environ_of(source))
+
+    assert (done.returncode, "is there already" in done.stderr) == (1, True)
+    assert there.read_bytes() == b"before"
+    assert os.path.lexists(trap) and not trap.with_suffix("").exists()
+
+
 @pytest.mark.parametrize("where", ["inside", "there"])
 def test_a_backup_is_refused_where_it_would_do_harm(source: Server, home: Path, where: str) -> None:
     target = {"inside": source.data_dir / "b", "there": home}[where]
