@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from heyvm.errors import HeyvmError
 from heyvm.settings import Settings
+from heyvm.sockets import PLACES
 
 if TYPE_CHECKING:
     from heyvm.api.parts import Services
@@ -53,6 +54,9 @@ def run(settings: Settings, *, sure: bool) -> int:
         _delete(services, sandboxes)
         give_back(services)
         services.lifecycle.registry.close()
+        for place in PLACES:  # made with an API_HOSTNAME, which may be gone from the settings
+            _remove(settings.ports / place, ("*.sock", "*.sock.new"))
+        _remove(settings.ports, ())
         _remove(settings.run_dir, MADE_TO_RUN)
         if settings.run_dir.name == settings.mark:  # the default, in a directory made for it
             _remove(settings.run_dir.parent, ())

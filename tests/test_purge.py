@@ -12,7 +12,7 @@ from tests.test_cli import heyvm
 
 @pytest.mark.parametrize("user", [None, ORDINARY] if os.geteuid() == 0 else [None])
 def test_purge_leaves_nothing(user: int | None) -> None:
-    with Server(user=user) as server:
+    with Server(user=user, API_HOSTNAME="sandbox.test") as server:
         environ = {
             "HEYVM_DATA_DIR": str(server.data_dir),
             "HEYVM_RUN_DIR": str(server.run_dir),
@@ -20,6 +20,9 @@ def test_purge_leaves_nothing(user: int | None) -> None:
         }
         created = server.http().post("/sandboxes", json={"start_command": "sleep 7654321"})
         assert created.status_code == 201, created.text
+        path = f"/sandboxes/{created.json()['id']}/proxy"
+        assert server.http().post(path, json={"port": 8000}).status_code == 201
+        assert os.listdir(server.run_dir / "ports/public")
         mine = server.data_dir / "mine"
         mine.touch()
 
