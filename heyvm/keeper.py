@@ -45,6 +45,8 @@ SWEEP_S = 2.0  # what a killed worker leaves is gone within 5 s
 MEND_S = 2.0
 CUT_AGAIN_S = 600.0  # so long may the server be down after a removal was cut short
 SPARE_S = 0.5
+TAKE_S = 0.05
+ENDING_S = 2.0  # what a keeper may take to follow its server
 UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
 LONGEST_REST_S = 30.0
@@ -398,11 +400,19 @@ def spawn(settings: Settings) -> int:
     )
 
 
-def take_lock(data_dir: Path) -> int | None:
-    """Become the keeper: the descriptor that holds the lock, or None while there is another.
+def take_lock(data_dir: Path, patience: float = 0.0) -> int | None:
+    """Become the keeper: the descriptor that holds the lock, or None while there is another, for
+    so many seconds (one ends a moment after its server).
 
     A record lock: a child that was forked does not inherit it, so none can outlive its keeper.
     """
+    end = time.monotonic() + patience
+    while (lock := _try_lock(data_dir)) is None and time.monotonic() < end:
+        time.sleep(TAKE_S)
+    return lock
+
+
+def _try_lock(data_dir: Path) -> int | None:
     descriptor = _open_lock(data_dir)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

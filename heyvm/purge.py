@@ -34,11 +34,11 @@ MADE_TO_RUN = (
 
 def run(settings: Settings, *, sure: bool) -> int:
     """0 where nothing of the server is left; 1 says what is, or what would go."""
-    from heyvm.keeper import LOCK_NAME, take_lock
+    from heyvm.keeper import ENDING_S, LOCK_NAME, take_lock
 
     if not (settings.data_dir / REGISTRY).exists():
         return _refuse(f"no server has used {settings.data_dir}: set HEYVM_DATA_DIR as it did")
-    if take_lock(settings.data_dir) is None:
+    if take_lock(settings.data_dir, ENDING_S) is None:
         return _refuse(f"a server uses {settings.data_dir}: stop it first")
     from app import build
 

@@ -90,12 +90,12 @@ def _restore(settings: Settings, file: IO[bytes]) -> None:
 
 def _take(data_dir: Path) -> int:
     """The keeper's lock of a data directory that is empty."""
-    from heyvm.keeper import take_lock
+    from heyvm.keeper import ENDING_S, take_lock
 
     if os.geteuid() != 0:
         raise Failed("only root can restore: the files of sandboxes have ids of their own")
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = take_lock(data_dir)
+    lock = take_lock(data_dir, ENDING_S)
     if lock is None:
         raise Failed(f"a server uses {data_dir}: stop it first")
     for left in data_dir.glob(STAGES):  # of a restore that was killed: nobody else has the lock

@@ -33,6 +33,8 @@ def test_an_endpoint_is_made_listed_got_and_deleted(api: FlaskClient) -> None:
     }
     assert api.get(PROXY).json == {"proxies": [made]}
     assert api.get(f"{PROXY}/{made['subdomain']}").json == made
+    assert api.delete(f"{PROXY}/{made['subdomain']}").status_code == 204
+    made = api.post(PROXY, json={"port": 80}).json
     assert api.delete(f"{PROXY}?subdomain={made['subdomain']}").status_code == 204
     assert api.get(PROXY).json == {"proxies": []}
     problem(api.delete(f"{PROXY}?subdomain={made['subdomain']}"), 404, "not-found")

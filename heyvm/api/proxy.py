@@ -173,6 +173,15 @@ class OneProxy(MethodView):
         """
         return shown(proxies().change(ref, subdomain, is_public=wanted["is_public"]))
 
+    @blp.operation("deleteOneProxy", *STORED)
+    @blp.response(204)
+    def delete(self, ref: str, subdomain: str) -> None:
+        """Delete a proxy endpoint by its path
+
+        As with `?subdomain=`.
+        """
+        proxies().delete(ref, subdomain)
+
 
 @blp.route("/sandboxes/<ref>/proxy/<subdomain>/link")
 class ProxyLink(MethodView):
