@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+import requests
 
 from heyvm import serving
 from heyvm.errors import NotFound
 from heyvm.gateway import Gateway
 from heyvm.models import Endpoint
+from heyvm.proxies import MAX_ENDPOINTS
 from heyvm.settings import Settings
 from tests.gatewayapp import BASE, KEY, PUBLIC, SECRET
 from tests.gateways import Front, all_of, gateway, request
@@ -154,6 +160,23 @@ def test_the_application_gets_an_id_that_can_stand_in_a_log(
     assert f'"request_id": "{told}"'.encode() in answer.body
 
 
+# -- what is inside ------------------------------------------------------------------------------
+
+STEAL = """
+import ctypes
+syscall = ctypes.CDLL(None).syscall
+PIDFD_OPEN, PIDFD_GETFD = 434, 438
+agent = syscall(PIDFD_OPEN, 1, 0)
+print(sum(syscall(PIDFD_GETFD, agent, number, 0) >= 0 for number in range(64)))
+"""
+
+
+def test_nobody_inside_takes_a_listener_or_the_host_s_connection_from_the_agent(
+    ref: str, run: Callable[..., dict[str, Any]]
+) -> None:
+    assert run(ref, f"python3 -c '{STEAL}'")["stdout"] == "0\n"
+
+
 # -- changes of who may use it -------------------------------------------------------------------
 
 
@@ -215,3 +238,38 @@ def test_clients_of_endpoints_find_descriptors_and_leave_some_for_the_api() -> N
         enough = min(hard, 4 * serving.worker_connections + 256)
         for pid in server.worker_pids():
             assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] >= enough
+
+
+def test_many_who_create_and_delete_at_once_get_what_there_is_and_leave_nothing(
+    server: Server, ref: str
+) -> None:
+    local = threading.local()
+
+    def ask(method: str, path: str, **options: Any) -> requests.Response:
+        if not hasattr(local, "http"):
+            local.http = server.http()
+        answer: requests.Response = local.http.request(method, f"/sandboxes/{ref}{path}", **options)
+        return answer
+
+    def create(number: int) -> requests.Response:
+        return ask("POST", "/proxy", json={"port": 1 + number, "is_public": number % 2 == 0})
+
+    with ThreadPoolExecutor(8) as crowd:
+        internal = list(crowd.map(lambda _: ask("GET", "/internal-url?port=7"), range(16)))
+        answers = list(crowd.map(create, range(MAX_ENDPOINTS + 15)))
+        made = [one.json() for one in answers if one.status_code == 201]
+        ports = {one["local_port"] for one in made} | {internal[0].json()["port"]}
+        listed = ask("GET", "/proxy").json()["proxies"]
+        names = [one["subdomain"] for one in made]
+        gone = list(crowd.map(lambda name: ask("DELETE", f"/proxy?subdomain={name}"), names * 2))
+
+    assert {one.status_code for one in internal} == {200}
+    assert len({one.json()["port"] for one in internal}) == 1
+    assert Counter(one.status_code for one in answers) == {201: MAX_ENDPOINTS - 1, 429: 16}
+    assert {one["subdomain"] for one in listed} == set(names)
+    assert len(ports) == MAX_ENDPOINTS
+    assert Counter(one.status_code for one in gone) == {204: len(names), 404: len(names)}
+    assert ask("GET", "/proxy").json() == {"proxies": []}
+    for port in ports - {internal[0].json()["port"]}:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
