@@ -137,6 +137,14 @@ def test_it_listens_on_one_address_and_on_nothing_else(own: Server) -> None:
     assert stat.S_IMODE(own.run_dir.stat().st_mode) == 0o700
 
 
+def test_a_command_has_the_usual_limit_of_open_files(own: Server) -> None:
+    with own.http() as http:
+        ref = http.post("/sandboxes", json={"network": "none"}).json()["id"]
+        said = http.post(f"/sandboxes/{ref}/execute", json={"command": "ulimit -Sn"}).json()
+
+    assert said["stdout"] == "1024\n"  # the server's is raised for its clients
+
+
 def listening(server: Server, table: str, state: int, inode: int, word: str) -> set[str]:
     """The inodes of the server's own listening sockets."""
     ours = set()

@@ -53,6 +53,7 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x2, 0x4, 0x8
 # machine has. Only this box's private mount namespace sees it.
 STAGE = "/run"
 IDS = 65536
+USUAL_FILES = 1024
 CALM_S = 0.03
 # What bubblewrap mounts on, the agent's place, and where names and the resolver are looked up.
 # CVE-2026-41579 and its kind: where one of them is a link, a mount lands elsewhere.
@@ -995,6 +996,9 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, set())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children need no reaping
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a spare that was killed is an error to us
+    # The server's own may be raised for its clients; a command would close that many at its start.
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, USUAL_FILES), most))
     groups = json.loads(sys.argv[2])
     join_cgroups(groups["leaves"])
     sock = socket.socket(fileno=control)
