@@ -312,7 +312,8 @@ def test_an_unsafe_path_in_a_form_is_a_400(path: str, workspace: Path, api: Flas
     problem(api.post(FILES, data=data, headers=FORM), 400, "bad-request")
     data = form(part("mount_path", os.fsencode(path)), WHERE[1], FILE)
     assert api.post(FILES, data=data, headers=FORM).status_code in (400, 201)
-    assert set(names(workspace.parent.parent)) <= {"mounts/" + path.strip("/") + "/a/b.txt"}
+    there = {name for name in names(workspace.parent.parent) if not name.startswith("data/audit/")}
+    assert there <= {"mounts/" + path.strip("/") + "/a/b.txt"}
 
 
 @pytest.mark.parametrize("path", UNSAFE)

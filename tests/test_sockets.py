@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ from heyvm.registry import Registry
 from heyvm.settings import Settings
 from heyvm.sockets import Sockets
 from tests.boxes import Box, Boxes
-from tests.server import ORDINARY, Server, create, run, wait_until
+from tests.server import ORDINARY, REPOSITORY, Server, create, run, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs another group, or user: run as root")
 GROUP = 33  # www-data
@@ -397,43 +400,74 @@ def sockets_in(tmp_path: Path, **settings: object) -> Sockets:
     return Sockets(given, Registry(tmp_path / "registry.db"), lambda _: None)  # type: ignore[arg-type, return-value]
 
 
+@pytest.fixture
+def short():
+    """A directory with a short path: a socket's has at most 107 bytes, and pytest's own are long
+    where several workers run."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="hs-") as place:
+        os.chmod(place, 0o755)
+        yield Path(place)
+
+
 def test_too_long_a_directory_is_refused(tmp_path):
     with pytest.raises(Misconfigured, match="set HEYVM_PORTS_DIR to a shorter path"):
         sockets_in(tmp_path, ports_dir=tmp_path / ("x" * 90)).open_directories()
 
 
-def test_a_group_that_could_not_get_there_is_refused(tmp_path):
+def test_a_group_that_could_not_get_there_is_refused(short):
     with pytest.raises(Misconfigured, match="set HEYVM_PORTS_DIR to one outside"):
-        sockets_in(tmp_path, ports_group=GROUP).open_directories()
+        sockets_in(short, ports_group=GROUP).open_directories()
 
 
-def test_a_directory_that_everybody_can_write_is_refused(tmp_path):
-    (tmp_path / "all").mkdir()
-    (tmp_path / "all").chmod(0o777)
+def test_a_directory_that_everybody_can_write_is_refused(short):
+    (short / "all").mkdir()
+    (short / "all").chmod(0o777)
 
     with pytest.raises(Misconfigured, match="everybody can write"):
-        sockets_in(tmp_path, ports_dir=tmp_path / "all/ports").open_directories()
+        sockets_in(short, ports_dir=short / "all/ports").open_directories()
 
 
-def test_a_link_in_its_place_is_refused(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "ports").symlink_to(tmp_path / "real")
+def test_a_link_in_its_place_is_refused(short):
+    (short / "real").mkdir()
+    (short / "ports").symlink_to(short / "real")
 
     with pytest.raises(Misconfigured, match="not a directory of the server's own"):
-        sockets_in(tmp_path, ports_dir=tmp_path / "ports").open_directories()
+        sockets_in(short, ports_dir=short / "ports").open_directories()
+
+
+BY_ANOTHER_USER = """
+import sys
+from pathlib import Path
+from heyvm.errors import Misconfigured
+from heyvm.settings import Settings
+from heyvm.sockets import Sockets
+
+place = Path(sys.argv[1])
+given = {"ports_dir": place / "ports", "ports_group": int(sys.argv[2]), "api_hostname": "a.test"}
+try:
+    Sockets(Settings(place, place / "run", **given), None, None).open_directories()
+except Misconfigured as error:
+    print(error.detail)
+"""
 
 
 @AS_ROOT
-def test_who_may_not_give_it_to_the_group_is_told_so(tmp_path):
-    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own are root's alone
-        os.chown(place, ORDINARY, -1)
-        sockets = sockets_in(tmp_path, ports_dir=Path(place, "ports"), ports_group=GROUP)
-        os.seteuid(ORDINARY)
-        try:
-            with pytest.raises(Misconfigured, match="cannot be given to the group 33.*permitted"):
-                sockets.open_directories()
-        finally:
-            os.seteuid(0)
+def test_who_may_not_give_it_to_the_group_is_told_so(short):
+    os.chown(short, ORDINARY, -1)
+
+    # In a process of its own: the C library tells all threads of a change of user by a signal
+    # that conftest.py has given back to the system.
+    done = subprocess.run(
+        [sys.executable, "-c", BY_ANOTHER_USER, str(short), str(GROUP)],
+        user=ORDINARY,
+        group=ORDINARY,
+        extra_groups=[],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+    assert re.search("cannot be given to the group 33.*permitted", done.stdout), done.stderr
 
 
 # -- whoever runs the server -----------------------------------------------------------------------
