@@ -159,8 +159,12 @@ def is_first(pid: int) -> bool:
 
 
 def sockets_of(pid: int) -> set[str]:
-    found = set()
-    for number in os.listdir(f"/proc/{pid}/fd"):
+    found: set[str] = set()
+    try:
+        numbers = os.listdir(f"/proc/{pid}/fd")
+    except FileNotFoundError:  # a keeper that another has taken the place of
+        return found
+    for number in numbers:
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/{pid}/fd/{number}")
             if target.startswith("socket:["):
