@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from heyvm.audit import Ending, Entry, Trail, Wanted
 from heyvm.errors import Invalid, StorageFull
@@ -266,6 +268,7 @@ def test_every_call_that_changes_something_is_recorded_once(own: Server, alice: 
 def test_it_needs_a_token_and_no_route_changes_it(own: Server, alice: Session) -> None:
     with own.http() as stranger:
         assert stranger.get("/audit").status_code == 401
+    create(alice, slug="first")
     before = (own.data_dir / "audit").stat().st_ino
     for method in ("POST", "PUT", "PATCH", "DELETE"):
         assert alice.request(method, "/audit").status_code == 405
@@ -319,8 +322,17 @@ def test_what_a_kill_has_cut_off_is_interrupted_and_recorded_once(
             os.kill(pid, signal.SIGKILL)
 
         assert gone.wait(15)
-        (one,) = [one for one in records(http, sandbox="cut") if one["action"] == "executeCommand"]
-        assert (one["outcome"], one["status"]) == ("interrupted", None)
+
+    def executed() -> list[dict[str, Any]]:
+        with own.http() as http, suppress(requests.ConnectionError):  # of a worker that was killed
+            http.headers.update(alice.headers)
+            found = records(http, sandbox="cut")
+            return [one for one in found if one["action"] == "executeCommand"]
+        return []
+
+    wait_until(executed, "the trail is read")
+    (one,) = executed()
+    assert (one["outcome"], one["status"]) == ("interrupted", None)
 
 
 def test_secrets_are_not_in_it(own: Server, alice: Session) -> None:
