@@ -8,7 +8,6 @@ anew who asks. Knows no web framework, and of sandboxes only their endpoints.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import socket
 import time
@@ -81,7 +80,6 @@ LEFT_OVER = re.compile(r"[;,][ \t]*")
 MAX_COOKIES = 8  # of our name: an application next door can set some for its siblings
 # A path of this host and no other: neither `//host` nor what browsers take for it.
 LOCAL_PATH = re.compile(r"/(?:[!-.0-\[\]-~][!-\[\]-~]*)?")
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 # RFC 9110 section 7.6.1, and what older proxies say.
 HOP_BY_HOP = frozenset(
     {
@@ -464,8 +462,7 @@ class Answer:
 def name_request(environ: Environ) -> None:
     """Its X-Request-Id, by which the client, the log and the application know it: the client's own
     where it can stand in a log."""
-    if not REQUEST_ID.fullmatch(environ.get("HTTP_X_REQUEST_ID", "")):
-        environ["HTTP_X_REQUEST_ID"] = os.urandom(8).hex()
+    environ["HTTP_X_REQUEST_ID"] = journal.request_id_of(environ.get("HTTP_X_REQUEST_ID"))
 
 
 def target_of(environ: Mapping[str, Any]) -> str:

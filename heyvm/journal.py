@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from heyvm.origins import client_of
 P = ParamSpec("P")
 R = TypeVar("R")
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 STDERR = 2
 MOST_CHARS = 16 * 1024
 
@@ -45,6 +47,13 @@ class Call:
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("heyvm_call", default=None)
+
+
+def request_id_of(given: str | None) -> str:
+    """The client's own, where it can stand in a header and a log line; else a new one."""
+    if given is not None and REQUEST_ID.fullmatch(given):
+        return given
+    return os.urandom(8).hex()
 
 
 def begin(request_id: str) -> Call:

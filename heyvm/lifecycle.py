@@ -498,9 +498,13 @@ class Lifecycle:
             self.backend_of(sandbox).resume(sandbox)
         return self._end(claimed, grace=grace)
 
-    def _end(self, sandbox: Sandbox, *, grace: float) -> Sandbox:
+    def _stop_box(self, sandbox: Sandbox, *, grace: float) -> None:
+        """Nothing of it runs when this returns, and nothing leads to it."""
         self.backend_of(sandbox).stop(sandbox, grace=grace)
         self.sockets.remove_all(sandbox.id)
+
+    def _end(self, sandbox: Sandbox, *, grace: float) -> Sandbox:
+        self._stop_box(sandbox, grace=grace)
         settled = self.registry.settle_stopped(sandbox.id)
         if settled is None:
             raise self._interrupted(sandbox)
@@ -775,8 +779,7 @@ class Lifecycle:
         elif sandbox.status is Status.STOPPING:
             self._end(sandbox, grace=STOP_GRACE_S)
         elif sandbox.status is Status.PROVISIONING:
-            self.backend_of(sandbox).stop(sandbox, grace=0)
-            self.sockets.remove_all(sandbox.id)
+            self._stop_box(sandbox, grace=0)
             self.registry.settle_failed(sandbox.id, LEFT_STARTING)
             _say("failed", sandbox, why="left starting")
         elif sandbox.status in UP:
@@ -787,8 +790,7 @@ class Lifecycle:
         reason = self.ending_of(entry)
         if reason is None:
             return
-        self.backend_of(sandbox).stop(sandbox, grace=0)
-        self.sockets.remove_all(sandbox.id)
+        self._stop_box(sandbox, grace=0)
         if reason == REBOOTED:
             self.registry.settle_stopped(sandbox.id, message=REBOOTED)
             _say("stopped", sandbox, why="rebooted")

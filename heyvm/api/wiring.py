@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import time
 from typing import Any
 
@@ -13,7 +11,7 @@ import urllib3
 from flask import Flask, Response, g, request
 from flask.json.provider import JSONProvider
 
-from heyvm import audit
+from heyvm import audit, journal
 from heyvm.api import (
     auth,
     files,
@@ -36,7 +34,6 @@ from heyvm.usage import Usages
 
 log = logging.getLogger("heyvm.api")
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 BLUEPRINTS = (
     *(system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, proxy.blp, logs.blp),
     *(images.blp, operations.blp),
@@ -97,7 +94,7 @@ def watch(app: Flask, guard: auth.Guard) -> None:
     @app.before_request
     def receive() -> None:
         g.began = time.monotonic()
-        g.request_id = request_id(request.headers.get("X-Request-Id"))
+        g.request_id = journal.request_id_of(request.headers.get("X-Request-Id"))
         operations.receive(g.request_id)
         guard.check(request.environ, bearer=needs_token(request.endpoint))
 
@@ -118,13 +115,6 @@ def needs_token(endpoint: str | None) -> bool:
 
 
 OPEN_ENDPOINTS = frozenset({"system.Healthy", "auth_forward.auth"})
-
-
-def request_id(given: str | None) -> str:
-    """The client's own, where it can stand in a header and a log line."""
-    if given is not None and REQUEST_ID.fullmatch(given):
-        return given
-    return os.urandom(8).hex()
 
 
 def tell(response: Response) -> None:
