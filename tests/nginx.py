@@ -17,6 +17,8 @@ import socket
 import ssl
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ http {{
     include heyvm.conf;
 }}
 """
+
+
+@contextmanager
+def traversable() -> Iterator[Path]:
+    """A directory that the workers of nginx can enter, with a short path."""
+    with tempfile.TemporaryDirectory(prefix="hp-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 class Nginx:

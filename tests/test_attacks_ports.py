@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import resource
 import socket
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from heyvm.proxies import MAX_ENDPOINTS
 from heyvm.settings import Settings
 from tests.gatewayapp import BASE, KEY, PUBLIC, SECRET
 from tests.gateways import Front, all_of, gateway, request
-from tests.nginx import HOSTNAME, Nginx
+from tests.nginx import HOSTNAME, Nginx, traversable
 from tests.server import Server
 
 
@@ -78,16 +77,15 @@ def inside() -> Iterator[Liar]:
 @pytest.fixture(scope="module")
 def at_socket() -> Iterator[tuple[Nginx, Liar]]:
     """nginx, with no server, and a liar at the socket of a public endpoint."""
-    with tempfile.TemporaryDirectory(prefix="hp-") as name:
-        path = Path(name) / "public" / f"{PUBLIC}.sock"
+    with traversable() as ports_dir:
+        path = ports_dir / "public" / f"{PUBLIC}.sock"
         path.parent.mkdir()
-        path.parent.parent.chmod(0o755)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         path.chmod(0o777)
         listener.listen()
         liar = Liar(listener)
-        with Nginx(upstream="127.0.0.1:1", ports_dir=Path(name)) as running:
+        with Nginx(upstream="127.0.0.1:1", ports_dir=ports_dir) as running:
             yield running, liar
         liar.close()
 

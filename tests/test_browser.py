@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +9,15 @@ import pytest
 
 from tests import webapp
 from tests.browser import Browser
-from tests.nginx import HOSTNAME, Nginx
+from tests.nginx import HOSTNAME, Nginx, traversable
 from tests.server import Server, Session, create, run, wait_until
 from tests.ways import expose
 
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="hp-"))
-    directory.chmod(0o755)
-    yield directory / "p"
-    shutil.rmtree(directory)
+    with traversable() as directory:
+        yield directory / "p"
 
 
 @pytest.fixture(scope="module")

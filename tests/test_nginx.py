@@ -10,10 +10,8 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ import pytest
 
 from heyvm.problems import MEDIA_TYPE
 from tests import webapp
-from tests.nginx import HOSTNAME, Answer, Nginx
+from tests.nginx import HOSTNAME, Answer, Nginx, traversable
 from tests.server import Server, Session, create, run, wait_until
 from tests.ways import Connection, Way, everything, expose, lines_of
 
@@ -54,11 +52,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[Path]:
-    """What the workers of nginx can traverse, and short."""
-    directory = Path(tempfile.mkdtemp(prefix="hp-"))
-    directory.chmod(0o755)
-    yield directory / "p"
-    shutil.rmtree(directory)
+    with traversable() as directory:
+        yield directory / "p"
 
 
 @pytest.fixture(scope="module")

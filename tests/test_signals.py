@@ -167,6 +167,18 @@ def test_a_connection_that_has_not_asked_yet_is_answered(own: Server) -> None:
             one.close()
 
 
+def executing(own: Server, slug: str, command: str) -> socket.socket:
+    """The connection of a request that is under way."""
+    slow = open_connection(own)
+    body = json.dumps({"command": command}).encode()
+    head = f"POST /sandboxes/{slug}/execute HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    slow.sendall(head.encode() + body)
+    with own.http() as http_:
+        wait_until(lambda: "in progress" in http_.get("/audit?limit=1").text, "it runs")
+    return slow
+
+
 def test_sigterm_ends_in_time_and_lets_sandboxes_live(own: Server) -> None:
     with own.http() as http_:
         create(http_, slug="lives", start_command="sleep 1000")
@@ -174,13 +186,7 @@ def test_sigterm_ends_in_time_and_lets_sandboxes_live(own: Server) -> None:
     idle = open_connection(own)
     idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     read_answer(idle)
-    slow = open_connection(own)
-    body = b'{"command":"sleep 2; echo done"}'
-    head = "POST /sandboxes/lives/execute HTTP/1.1\r\nHost: localhost\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    slow.sendall(head.encode() + body)
-    with own.http() as http_:
-        wait_until(lambda: "in progress" in http_.get("/audit?limit=1").text, "it runs")
+    slow = executing(own, "lives", "sleep 2; echo done")
 
     took = own.stop()
 
@@ -198,13 +204,7 @@ def test_sigterm_ends_in_time_and_lets_sandboxes_live(own: Server) -> None:
 def test_a_request_that_takes_too_long_is_cut_off_with_its_command(own: Server) -> None:
     with own.http() as http_:
         create(http_, slug="endless")
-    slow = open_connection(own)
-    body = b'{"command":"sleep 999"}'
-    head = "POST /sandboxes/endless/execute HTTP/1.1\r\nHost: localhost\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    slow.sendall(head.encode() + body)
-    with own.http() as http_:
-        wait_until(lambda: "in progress" in http_.get("/audit?limit=1").text, "it runs")
+    slow = executing(own, "endless", "sleep 999")
 
     took = own.stop()
 
