@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flask import Flask
 
 from heyvm import backends, control
@@ -16,6 +19,7 @@ from heyvm.processes import Processes
 from heyvm.proxies import Proxies
 from heyvm.registry import Registry
 from heyvm.settings import Settings
+from heyvm.shells import Shells
 
 # A keeper that was killed is replaced within a second or two.
 SYNC_TIMEOUT_S = 15.0
@@ -41,6 +45,9 @@ def build(settings: Settings, *, with_keeper: bool = True) -> Services:
         if with_keeper:
             control.ask(settings.run_dir, request, SYNC_TIMEOUT_S)
 
+    def ask_keeper(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        return control.ask(settings.run_dir, request, SYNC_TIMEOUT_S)
+
     lifecycle = Lifecycle(registry, table, settings, images, sync_ports)
     return Services(
         settings=settings,
@@ -50,6 +57,7 @@ def build(settings: Settings, *, with_keeper: bool = True) -> Services:
         logs=Logs(lifecycle),
         mounts=Mounts(lifecycle),
         proxies=Proxies(lifecycle, sync_ports),
+        shells=Shells(lifecycle, ask_keeper),
         images=images,
         backends=table,
     )

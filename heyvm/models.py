@@ -191,6 +191,23 @@ class CreateSpec:
 
 
 @dataclass(frozen=True)
+class Tunnel:
+    """A way in for `heyvm connect`: an iroh endpoint that leads to a sandbox's SSH server (kind
+    `shell`) or to a port inside (`tcp`). `secret` is its private key, 32 bytes; `udp_port` is where
+    it was last reached. Without `ssh_public_keys` whoever has the ticket may log in."""
+
+    id: str
+    sandbox_id: str
+    kind: str
+    secret: bytes = field(repr=False)
+    created_at: float
+    expires_at: float | None = None
+    port: int | None = None
+    udp_port: int | None = None
+    ssh_public_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExecRequest:
     """One command. `args` empty or None: see processes.argv_of for when a shell reads `command`."""
 

@@ -46,6 +46,7 @@ from heyvm.models import (
     PortMapping,
     Sandbox,
     Status,
+    Tunnel,
 )
 
 T = TypeVar("T")
@@ -151,6 +152,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             FROM json_each(warnings)
             WHERE value != 'open_ports are recorded, but not forwarded yet')""",
     ),
+    (
+        """CREATE TABLE tunnels (
+            id TEXT PRIMARY KEY,
+            sandbox_id TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            secret BLOB NOT NULL,
+            created_at REAL NOT NULL,
+            expires_at REAL,
+            port INTEGER,
+            udp_port INTEGER,
+            ssh_public_keys TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        "CREATE UNIQUE INDEX tunnels_of_ports ON tunnels (sandbox_id, port)",
+        "CREATE INDEX expiring_tunnels ON tunnels (expires_at) WHERE expires_at IS NOT NULL",
+    ),
 )
 HOST_IMAGE = "host"
 
@@ -163,6 +179,9 @@ _COLUMNS = (
     " AND local_port IS NOT NULL)"
 )
 _ENDPOINT_COLUMNS = "subdomain, sandbox_id, port, created_at, kind, is_public, local_port, warnings"
+_TUNNEL_COLUMNS = (
+    "id, sandbox_id, kind, secret, created_at, expires_at, port, udp_port, ssh_public_keys"
+)
 _ENDPOINT = f"SELECT {_ENDPOINT_COLUMNS} FROM endpoints WHERE subdomain = ?"
 _IMAGE_COLUMNS = (
     "digest, size_bytes, created_at, source, devices, config,"
@@ -920,6 +939,86 @@ class Registry:
             " WHERE sandbox_id = ? AND deleted_at IS NULL",
             (self.clock.wall(), sandbox_id),
         )
+        connection.execute("DELETE FROM tunnels WHERE sandbox_id = ?", (sandbox_id,))
+
+    # -- tunnels ---------------------------------------------------------------------------------
+
+    def tunnels(self, sandbox_id: str | None = None) -> Sequence[Tunnel]:
+        """Those of a sandbox, or all, oldest first; none that has expired."""
+        where, values = ("", ()) if sandbox_id is None else (" AND sandbox_id = ?", (sandbox_id,))
+        rows = self._file.read(
+            f"SELECT {_TUNNEL_COLUMNS} FROM tunnels"
+            f" WHERE (expires_at IS NULL OR expires_at > ?){where} ORDER BY created_at, id",
+            (self.clock.wall(), *values),
+        )
+        return [_tunnel(row) for row in rows]
+
+    def add_tunnel(self, tunnel: Tunnel, *, limit: int) -> Tunnel:
+        """Write its row. One to a port that has one already is that one.
+
+        `QuotaExceeded` where the sandbox has `limit` of them, `NotFound` where it is gone or about
+        to go.
+        """
+
+        def work(connection: sqlite3.Connection) -> Tunnel:
+            self._demand_staying(connection, tunnel.sandbox_id)
+            rows = connection.execute(
+                f"SELECT {_TUNNEL_COLUMNS} FROM tunnels WHERE sandbox_id = ? AND port = ?",
+                (tunnel.sandbox_id, tunnel.port),
+            ).fetchall()
+            if rows:
+                return _tunnel(rows[0])
+            there = connection.execute(
+                "SELECT count(*) FROM tunnels WHERE sandbox_id = ?"
+                " AND (expires_at IS NULL OR expires_at > ?)",
+                (tunnel.sandbox_id, tunnel.created_at),
+            ).fetchall()[0][0]
+            if there >= limit:
+                raise QuotaExceeded(f"it has {there} shell sessions and tunnels: end some")
+            connection.execute(
+                f"INSERT INTO tunnels ({_TUNNEL_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    tunnel.id,
+                    tunnel.sandbox_id,
+                    tunnel.kind,
+                    tunnel.secret,
+                    tunnel.created_at,
+                    tunnel.expires_at,
+                    tunnel.port,
+                    tunnel.udp_port,
+                    _dump(list(tunnel.ssh_public_keys)),
+                ),
+            )
+            return tunnel
+
+        return self._file.write(work)
+
+    def set_udp_port(self, tunnel_id: str, port: int) -> None:
+        """Write where its endpoint listens: there it will be sought again."""
+        self._file.write(
+            lambda connection: connection.execute(
+                "UPDATE tunnels SET udp_port = ? WHERE id = ?", (port, tunnel_id)
+            )
+        )
+
+    def remove_tunnel(self, tunnel_id: str) -> bool:
+        """Whether it was there."""
+        return self._file.write(
+            lambda connection: (
+                connection.execute("DELETE FROM tunnels WHERE id = ?", (tunnel_id,)).rowcount > 0
+            ),
+            vital=True,
+        )
+
+    def remove_expired_tunnels(self) -> int:
+        """How many they were. Reads only, where none has expired."""
+        where, now = "WHERE expires_at <= ?", (self.clock.wall(),)
+        if not self._file.read(f"SELECT 1 FROM tunnels {where} LIMIT 1", now):
+            return 0
+        return self._file.write(
+            lambda connection: connection.execute(f"DELETE FROM tunnels {where}", now).rowcount,
+            vital=True,
+        )
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -1440,6 +1539,20 @@ def _endpoint(row: Row) -> Endpoint:
         is_public=bool(row[5]),
         local_port=row[6],
         warnings=tuple(_load(row[7], [])),
+    )
+
+
+def _tunnel(row: Row) -> Tunnel:
+    return Tunnel(
+        id=row[0],
+        sandbox_id=row[1],
+        kind=row[2],
+        secret=row[3],
+        created_at=row[4],
+        expires_at=row[5],
+        port=row[6],
+        udp_port=row[7],
+        ssh_public_keys=tuple(_load(row[8], [])),
     )
 
 

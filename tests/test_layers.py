@@ -15,9 +15,9 @@ from tests.server import REPOSITORY
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.purge", "heyvm.serving"}
-        | {"heyvm.worker", "heyvm.backup", "heyvm.restore"}
+        | {"heyvm.worker", "heyvm.backup", "heyvm.restore", "heyvm.connect"}
     ),
-    frozenset({"app", "heyvm.keeper"}),
+    frozenset({"app", "heyvm.keeper", "heyvm.tunnels"}),
     frozenset({"heyvm.api"}),
     frozenset(
         {
@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "heyvm.localports",
             "heyvm.logs",
             "heyvm.proxies",
+            "heyvm.shells",
             "heyvm.usage",
         }
     ),
@@ -52,6 +53,14 @@ LAYERS: tuple[frozenset[str], ...] = (
 # Small parts with one subject that a layer keeps to itself or shares with those above it.
 BESIDE = {
     "heyvm.localhttp": 4,
+    "heyvm.ssh": 3,
+    "heyvm.sftp": 4,
+    "heyvm.calls": 4,
+    "heyvm.streams": 4,
+    "heyvm.tickets": 5,
+    "heyvm.websocket": 5,
+    "heyvm.agent_terminals": 5,
+    "heyvm.agent_calls": 5,
     "heyvm.upstream": 4,
     "heyvm.audit": 4,
     "heyvm.locks": 4,
@@ -66,7 +75,10 @@ BESIDE = {
     "heyvm": 5,
 }
 # What runs inside a sandbox: these files are copied there, and nothing else of ours.
-INSIDE = {"heyvm.agent", "heyvm.agent_files", "heyvm.agent_ports", "heyvm.frames"}
+INSIDE = {
+    *("heyvm.agent", "heyvm.agent_files", "heyvm.agent_ports", "heyvm.frames"),
+    *("heyvm.agent_terminals", "heyvm.agent_calls"),
+}
 # The keeper stands beside the API: neither knows the other.
 STRANGERS = (("heyvm.keeper", "heyvm.api"), ("heyvm.keeper", "app"), ("app", "heyvm.keeper"))
 # Each of these has one door.
@@ -81,6 +93,9 @@ DOORS = {
     "werkzeug": {"app", "heyvm.api"},
     "gunicorn": {"heyvm.worker"},
     "prometheus_client": {"heyvm.metrics"},
+    "iroh": {"heyvm.tickets"},
+    "paramiko": {"heyvm.ssh", "heyvm.sftp", "heyvm.connect"},
+    "wsproto": {"heyvm.websocket"},
 }
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from heyvm.processes import Processes
     from heyvm.proxies import Proxies
     from heyvm.settings import Settings
+    from heyvm.shells import Shells
     from heyvm.usage import Usages
 
 EXTENSION = "heyvm"
@@ -37,6 +38,7 @@ class Services:
     logs: Logs
     mounts: Mounts
     proxies: Proxies
+    shells: Shells
     images: Images
     backends: Mapping[str, Backend]
 
@@ -71,6 +73,10 @@ def mounts() -> Mounts:
 
 def proxies() -> Proxies:
     return services().proxies
+
+
+def shells() -> Shells:
+    return services().shells
 
 
 def gateway() -> Gateway:
