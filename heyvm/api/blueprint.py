@@ -15,7 +15,7 @@ from flask_smorest import Blueprint as SmorestBlueprint
 from marshmallow import Schema, ValidationError
 
 from heyvm import errors
-from heyvm.api.bodies import MAX_JSON_BYTES, read_json
+from heyvm.api.bodies import MAX_JSON_BYTES, has_no_body, read_json
 from heyvm.errors import Invalid
 from heyvm.problems import PROBLEMS
 
@@ -91,9 +91,14 @@ def sentence(complaints: Mapping[str, list[str]]) -> str:
     return "; ".join(part.rstrip(".") for part in parts[:3]) + more
 
 
-def _json(_schema: Schema, limit: int) -> Any:
-    g.sent = read_json(limit)
+def _json(schema: Schema, limit: int) -> Any:
+    g.sent = {} if _may_say_nothing(schema) and has_no_body() else read_json(limit)
     return g.sent
+
+
+def _may_say_nothing(schema: Schema) -> bool:
+    """`curl -X POST` without a body is a request that leaves everything as it is by default."""
+    return request.method == "POST" and not any(one.required for one in schema.fields.values())
 
 
 def _query(schema: Schema, _limit: int) -> dict[str, str]:

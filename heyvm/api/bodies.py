@@ -54,6 +54,13 @@ def announced_length() -> int | None:
     return None if given is None else int(given)
 
 
+def has_no_body() -> bool:
+    """Neither a length nor chunks were announced, and no type."""
+    environ = request.environ
+    announced = announced_length() or "HTTP_TRANSFER_ENCODING" in environ
+    return not announced and not environ.get("CONTENT_TYPE")
+
+
 def _pieces(announced: int | None, limit: int | None, name: str) -> Iterator[bytes]:
     seen = 0
     while piece := _read(request.environ["wsgi.input"].read):
