@@ -115,7 +115,7 @@ def test_a_keeper_without_descriptors_makes_no_endpoint_and_recovers(
     resource.prlimit(keeper, resource.RLIMIT_NOFILE, (used, limits[1]))
     try:
         with ExitStack() as crowd:
-            for _ in range(20):  # what it may still have, and more
+            for _ in range(used):  # what it may still have, and more
                 sock = socket.create_connection(("127.0.0.1", endpoint["local_port"]), timeout=10)
                 crowd.enter_context(sock)
             answer = http.post(f"/sandboxes/{ref}/proxy", json={"port": PORT})
