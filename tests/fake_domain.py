@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -36,9 +36,11 @@ from heyvm.models import (
     Page,
     Sandbox,
     Status,
+    Tunnel,
 )
 from heyvm.registry import Registry
 from heyvm.settings import Settings
+from heyvm.shells import Way
 
 PIECE = 64 * 1024
 
@@ -334,6 +336,41 @@ class FakeProxies:
 
 
 @dataclass
+class FakeShells:
+    lifecycle: FakeLifecycle
+    rows: dict[str, Tunnel] = field(default_factory=dict)
+
+    def list(self, ref: str, kind: str) -> list[Tunnel]:
+        sandbox = self.lifecycle.get(ref)
+        return [
+            one for one in self.rows.values() if (one.sandbox_id, one.kind) == (sandbox.id, kind)
+        ]
+
+    def create(self, ref: str, ttl_seconds: int, ssh_public_keys: Sequence[str] = ()) -> Way:
+        name = f"shell-{len(self.rows):016x}"
+        sandbox = self.lifecycle.get(ref)
+        keys = tuple(ssh_public_keys)
+        self.rows[name] = Tunnel(
+            name, sandbox.id, "shell", b"", 1.0, 1.0 + ttl_seconds, None, 1, keys
+        )
+        return Way(self.rows[name], "heyo://endpointaa", "ssh-ed25519 AAAA")
+
+    def tunnel_to(self, ref: str, port: int) -> Way:
+        name = f"tcp-{port:016x}"
+        sandbox = self.lifecycle.get(ref)
+        self.rows.setdefault(name, Tunnel(name, sandbox.id, "tcp", b"", 1.0, None, port, 1))
+        return Way(self.rows[name], "heyo://endpointaa", "")
+
+    def remove(self, ref: str, kind: str, tunnel_id: str) -> None:
+        if tunnel_id not in {one.id for one in self.list(ref, kind)}:
+            raise NotFound(f"there is no {tunnel_id!r}")
+        del self.rows[tunnel_id]
+
+    def inside(self, ref: str) -> Any:
+        raise Conflict(f"sandbox {self.lifecycle.get(ref).slug!r} has no shell here")
+
+
+@dataclass
 class FakeLogs:
     lifecycle: FakeLifecycle
     entries: list[LogEntry] = field(default_factory=list)
@@ -379,6 +416,7 @@ def fake_app(root: Path, **settings: Any) -> Fake:
         logs=cast(Any, logs),
         mounts=cast(Any, mounts),
         proxies=cast(Any, FakeProxies(lifecycle)),
+        shells=cast(Any, FakeShells(lifecycle)),
         images=Images(Registry(told.data_dir / "registry.db"), told),
         backends=cast(Any, {"bubblewrap": backend}),
     )

@@ -19,6 +19,7 @@ import requests
 from tests.server import REPOSITORY, Server, wait_until
 
 GUIDE = REPOSITORY / "docs" / "api-guide.md"
+CONNECT = (sys.executable, "-m", "heyvm.cli", "connect")
 INDEX_HTML = "<h1>hello there</h1>\n"
 
 # The commands that the contract prints, section by section, to the letter.
@@ -97,6 +98,7 @@ curl -X PATCH http://localhost:3000/sandboxes/api-demo \\
     "open_ports": [8080]
   }'"""
     ],
+    "10": ["curl -X POST http://localhost:3000/sandboxes/api-demo/shell-session"],
     "Authentication": [
         """\
 curl http://localhost:3000/sandboxes \\
@@ -105,11 +107,12 @@ curl http://localhost:3000/sandboxes \\
 }
 OURS = ("Images", "Limits and usage", "Pause and resume", "Audit and metrics")
 # Sections 2 to 9 start from what section 2 makes; it makes it itself.
-NEED_THE_SANDBOX = ("3", "4", "5", "6", "8", "9")
+NEED_THE_SANDBOX = ("3", "4", "5", "6", "8", "9", "10")
 # Printed for their kind, not for their value.
 OF_THE_MOMENT = {
     *("id", "timestamp", "duration_ms", "total", "message", "source", "image_resolved"),
     *("subdomain", "sandbox_id", "local_port", "url", "created_at"),
+    *("session_id", "expires_at", "connection_url", "ssh_host_key"),
 }
 
 
@@ -245,6 +248,27 @@ def test_section_9_update(server: Server, desk: Path, demo: None) -> None:
     assert sandbox["start_command"] == "nginx -g 'daemon off;'"
     assert sandbox["env_vars"] == {"DEBUG": "true"}
     assert sandbox["open_ports"] == [8080]
+
+
+def test_section_10_shell_sessions(server: Server, desk: Path, demo: None) -> None:
+    create, listing, tunnel = steps("10")
+
+    made = curl(create.command, server, desk)
+    assert_as_printed(create, made)
+    session = json.loads(made)
+    assert session["connection_url"].startswith("heyo://endpoint")
+    (listed,) = json.loads(curl(listing.command, server, desk))["sessions"]
+    assert listed["session_id"] == session["session_id"]
+    assert "connection_url" not in listed
+    assert json.loads(curl(tunnel.command, server, desk))["port"] == 5432
+
+    done = subprocess.run(
+        [*CONNECT, session["connection_url"], "--shell", "--", "echo hello; exit 7"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == (b"hello\n", 7), done.stderr
 
 
 def test_authentication(desk: Path) -> None:
