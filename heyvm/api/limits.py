@@ -14,6 +14,7 @@ from heyvm.files import MAX_NAME_BYTES, MAX_PATH_BYTES
 from heyvm.lifecycle import STOP_GRACE_S, TURN_PATIENCE_S
 from heyvm.logs import MAX_MESSAGE_BYTES
 from heyvm.settings import Settings
+from heyvm.shells import MAX_TUNNELS
 from heyvm.strictjson import MAX_JSON_DEPTH
 from heyvm.tokens import MAX_TOKEN_BYTES
 
@@ -91,6 +92,10 @@ LIMITS = (
     Limit("cidrs", MOST_CIDRS, "networks in each list of `network`"),
     Limit("wait_seconds_default", DEFAULT_WAIT_S, "`timeout` of GET /sandboxes/:id?wait="),
     Limit("wait_seconds_max", MAX_WAIT_S, "the longest `timeout` of a wait"),
+    Limit("session_seconds_default", DAY_S, "a shell session's ticket works, unless sent"),
+    Limit("session_seconds_max", MAX_SESSION_S, "the longest `ttl_seconds` of a shell session"),
+    Limit("ssh_public_keys", MAX_SSH_KEYS, "keys of a shell session"),
+    Limit("tunnels", MAX_TUNNELS, "shell sessions and tunnels of a sandbox, together"),
     Limit("page_max", MAX_PAGE, "sandboxes on a page (`limit`, `count`)"),
     Limit("inactive_page_default", INACTIVE_PAGE, "`count` of GET /sandboxes/inactive"),
     Limit("audit_default", DEFAULT_AUDIT, "records in an answer, unless `limit` is sent"),
