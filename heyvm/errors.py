@@ -61,6 +61,10 @@ class Conflict(HeyvmError):
     """The thing is in a state, or a name is taken, so that this cannot be done."""
 
 
+class UpgradeRequired(HeyvmError):
+    """What is there is spoken over a WebSocket only."""
+
+
 class TooLarge(HeyvmError):
     """More bytes than a setting allows."""
 

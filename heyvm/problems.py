@@ -43,6 +43,7 @@ PROBLEMS: Mapping[type[errors.HeyvmError], Kind] = {
     errors.Invalid: Kind(422, "invalid", "A value is wrong"),
     errors.HookFailed: Kind(422, "hook-failed", "A setup hook failed"),
     errors.ImageMissing: Kind(422, "image-missing", "There is no such image to be had"),
+    errors.UpgradeRequired: Kind(426, "upgrade-required", "A WebSocket is needed"),
     errors.QuotaExceeded: Kind(429, "quota-exceeded", "A limit is reached"),
     errors.HeyvmError: INTERNAL,
     errors.Misconfigured: Kind(500, "misconfigured", "The server is set up wrongly"),
@@ -110,6 +111,8 @@ def headers_of(error: errors.HeyvmError, challenge: str = CHALLENGE) -> list[tup
         return [("WWW-Authenticate", challenge)]
     if isinstance(error, errors.Unavailable):
         return [("Retry-After", str(error.retry_after))]
+    if isinstance(error, errors.UpgradeRequired):
+        return [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
     if isinstance(error, errors.QuotaExceeded):
         return [("Retry-After", "10")]
     if isinstance(error, errors.RangeNotSatisfiable):

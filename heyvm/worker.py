@@ -54,7 +54,12 @@ class Worker(ggevent.GeventWorker):  # type: ignore[misc]  # gunicorn has no typ
                 start_response.__self__.force_close()
             return start_response(*args)
 
+        environ["heyvm.is_ending"] = self._is_ending
         return application(environ, start)
+
+    def _is_ending(self) -> bool:
+        """For what lasts longer than a request: it has some seconds to say goodbye."""
+        return not self.alive
 
     def timeout_ctx(self) -> _Head:
         """gunicorn waits for each request's head within it."""

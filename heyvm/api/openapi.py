@@ -100,6 +100,7 @@ def problem_response(kind: Kind) -> dict[str, Any]:
 PROBLEM_HEADERS = {
     401: {"WWW-Authenticate": "`Bearer`, with what is wrong."},
     416: {"Content-Range": "`bytes */<size>`."},
+    426: {"Upgrade": "`websocket`.", "Sec-WebSocket-Version": "`13`."},
     429: {"Retry-After": "Seconds to wait."},
     503: {"Retry-After": "Seconds to wait."},
 }

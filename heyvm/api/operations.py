@@ -34,6 +34,9 @@ blp = Blueprint("operations", description="For whoever runs the server.")
 
 TRAIL = "heyvm.audit"
 MUTATING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+# A shell changes what it likes; its record ends when it does.
+MUTATING_TOO = frozenset({"openShellStream"})
+SWITCHED = 101
 # What frees the disk, or ends what fills it, goes on where not a line can be written any more.
 WITHOUT_RECORD = frozenset({"stopSandbox", "forceStopSandbox"})
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -180,6 +183,10 @@ class Seen:
     ref: str | None
     begun: audit.Begun | None = None
 
+    @property
+    def is_recorded(self) -> bool:
+        return self.method in MUTATING or self.action in MUTATING_TOO
+
     def entry(self) -> audit.Entry:
         return audit.Entry(
             time=self.wall,
@@ -225,7 +232,7 @@ def watch(app: Flask, recorded: audit.Trail) -> None:
     def begin() -> None:
         seen: Seen = g.seen
         seen.call.subject = request.environ.get(SUBJECT)
-        if seen.method in MUTATING:
+        if seen.is_recorded:
             seen.begun = begun(recorded, seen)
 
     @app.after_request
@@ -233,12 +240,15 @@ def watch(app: Flask, recorded: audit.Trail) -> None:
         seen: Seen | None = g.get("seen")
         if seen is None:
             return response
-        if seen.method in MUTATING:
+        if seen.is_recorded:
             # One that streams is over when the last byte has gone, or the client has.
             if response.is_streamed:
                 response.call_on_close(partial(end, recorded, seen, response.status_code))
             else:
                 end(recorded, seen, response.status_code)
+        if response.status_code == SWITCHED:
+            # What follows may last for days, and is no part of the answer.
+            count(seen, response.status_code)
         response.call_on_close(partial(say, seen, response.status_code, response.content_length))
         return response
 
@@ -269,16 +279,20 @@ def end(recorded: audit.Trail, seen: Seen, status: int) -> None:
         )
 
 
+def count(seen: Seen, status: int) -> None:
+    metrics.here().answered(seen.route, seen.method, status, seen.elapsed())
+
+
 def say(seen: Seen, status: int, size: int | None) -> None:
-    seconds = seen.elapsed()
-    metrics.here().answered(seen.route, seen.method, status, seconds)
+    if status != SWITCHED:
+        count(seen, status)
     if journal.writes_json():
         fields = {
             "method": seen.method,
             "path": seen.path,
             "status": status,
             "bytes": size,
-            "duration_ms": round(seconds * 1000, 1),
+            "duration_ms": round(seen.elapsed() * 1000, 1),
         }
         journal.access(seen.call, fields)
     journal.end()

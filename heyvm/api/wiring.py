@@ -24,6 +24,7 @@ from heyvm.api import (
     problems,
     proxy,
     sandboxes,
+    stream,
     system,
     usage,
 )
@@ -36,7 +37,7 @@ log = logging.getLogger("heyvm.api")
 
 BLUEPRINTS = (
     *(system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, proxy.blp, logs.blp),
-    *(images.blp, operations.blp),
+    *(images.blp, operations.blp, stream.blp),
 )
 
 
@@ -96,7 +97,11 @@ def watch(app: Flask, guard: auth.Guard) -> None:
         g.began = time.monotonic()
         g.request_id = journal.request_id_of(request.headers.get("X-Request-Id"))
         operations.receive(g.request_id)
-        guard.check(request.environ, bearer=needs_token(request.endpoint))
+        guard.check(
+            request.environ,
+            bearer=needs_token(request.endpoint),
+            in_query=request.endpoint == stream.ENDPOINT,
+        )
 
     @app.after_request
     def answer(response: Response) -> Response:
