@@ -54,11 +54,13 @@ LAYERS: tuple[frozenset[str], ...] = (
 BESIDE = {
     "heyvm.localhttp": 4,
     "heyvm.ssh": 3,
+    "heyvm.sshkeys": 5,
+    "heyvm.sshwire": 5,
     "heyvm.sftp": 4,
     "heyvm.calls": 4,
     "heyvm.streams": 4,
     "heyvm.tickets": 5,
-    "heyvm.websocket": 5,
+    "heyvm.websocket": 4,
     "heyvm.agent_terminals": 5,
     "heyvm.agent_calls": 5,
     "heyvm.upstream": 4,
@@ -94,7 +96,7 @@ DOORS = {
     "gunicorn": {"heyvm.worker"},
     "prometheus_client": {"heyvm.metrics"},
     "iroh": {"heyvm.tickets"},
-    "paramiko": {"heyvm.ssh", "heyvm.sftp", "heyvm.connect"},
+    "paramiko": {"heyvm.ssh", "heyvm.sshwire", "heyvm.sftp", "heyvm.connect"},
     "wsproto": {"heyvm.websocket"},
 }
 
