@@ -22,11 +22,22 @@ TYPE_CHECKING = False  # as in `typing`, whose import would cost 5 ms
 if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable, Generator, Iterator
-    from typing import TypeAlias
+    from typing import Protocol, TypeAlias
 
     from heyvm.agent_ports import Ports
+    from heyvm.agent_terminals import Terminals
 
     Fields: TypeAlias = dict[str, frames.Value]
+
+    class Child(Protocol):
+        """A process that is started for the host."""
+
+        marker: int
+        failure: bytes
+
+        def exited(self, status: int) -> None: ...
+
+        def explain(self, plan: Plan) -> int: ...
 else:
     import _signal
 
@@ -587,19 +598,27 @@ class Command:
 
     def explain(self, plan: Plan) -> int:
         """What a failed start comes to, as a status of waitpid's: a shell would say the same."""
-        number_in_hex, _, where = self.failure.removeprefix(b"OSError:").partition(b":")
-        number = int(number_in_hex, 16)
-        if where:
-            self.refusal = refused_before_exec(number)
-        elif number == errno.E2BIG:
-            self.refusal = Refused("too-long", "arguments and environment are too long")
-        why = "not found" if number in MISSING else posix.strerror(number)
-        line = b"heyvm: %b: %b\n" % (plan.argv[0], frames.raw(why))
+        status, self.refusal, line = explain_failure(self.failure, plan.argv[0])
         if self.connection is not None and self.refusal is None:
             self.connection.send(frames.frame(frames.STDERR, line[: frames.CHUNK_BYTES]))
         if self.log:
             self.agent.log.lines(b"e", line.replace(b"\n", b" ")[:LINE_BYTES] + b"\n")
-        return (NOT_FOUND if number in MISSING else NOT_EXECUTABLE) << 8
+        return status
+
+
+def explain_failure(failure: bytes, program: bytes) -> tuple[int, Refused | None, bytes]:
+    """What a child that came to no exec has reported: the status of waitpid's that it stands for,
+    the refusal, and what a shell would print."""
+    number_in_hex, _, where = failure.removeprefix(b"OSError:").partition(b":")
+    number = int(number_in_hex, 16)
+    refusal: Refused | None = None
+    if where:
+        refusal = refused_before_exec(number)
+    elif number == errno.E2BIG:
+        refusal = Refused("too-long", "arguments and environment are too long")
+    why = "not found" if number in MISSING else posix.strerror(number)
+    status = (NOT_FOUND if number in MISSING else NOT_EXECUTABLE) << 8
+    return status, refusal, b"heyvm: %b: %b\n" % (program, frames.raw(why))
 
 
 class Plan:
@@ -714,11 +733,12 @@ class Agent:
         self.connections: set[Connection] = set()
         self.children: dict[int, Callable[[int], None]] = {}
         self.workers = 0
-        self.commands: dict[int, Command] = {}
+        self.commands: dict[int, Child] = {}
         self.greeted = self.ready = self.stopping = False
         self.environment: Fields = {}
         self.start_command = StartCommand(self)
         self.ports: Ports | None = None
+        self.terminals: Terminals | None = None
         self.listener = _socket.socket(fileno=listen_fd)
         self.listener.settimeout(0)
         self.listener_fd = listen_fd
@@ -860,7 +880,7 @@ class Agent:
 class Birth:
     """A child between its fork and its exec: the pipe through which a failure is told."""
 
-    def __init__(self, agent: Agent, command: Command, plan: Plan, child: tuple[int, int]) -> None:
+    def __init__(self, agent: Agent, command: Child, plan: Plan, child: tuple[int, int]) -> None:
         self.agent, self.command, self.plan = agent, command, plan
         self.pid, self.report = child
         self.over = False
@@ -1133,6 +1153,8 @@ def stop(agent: Agent, connection: Connection, request: Fields) -> None:
     """SIGTERM to everybody, then wait for them, for so long at most."""
     agent.stopping = True
     limit = time.monotonic() + number(request, "grace_ms", 0) / 1000
+    if agent.terminals is not None:
+        agent.terminals.hang_up()
 
     def stopped() -> None:
         agent.stopping = False
@@ -1198,6 +1220,12 @@ def port_operation(agent: Agent, connection: Connection, request: Fields) -> Non
     agent_ports.operate(agent, connection, request)
 
 
+def terminal_operation(agent: Agent, connection: Connection, request: Fields) -> None:
+    from heyvm import agent_terminals
+
+    agent_terminals.operate(agent, connection, request)
+
+
 def become_worker(fd: int) -> None:
     """Keep nothing of the agent's but this descriptor: a command's stdin would never end."""
     _signal.set_wakeup_fd(-1)
@@ -1215,6 +1243,8 @@ OPERATIONS: dict[bytes, Callable[[Agent, Connection, Fields], None]] = {
     b"connect": port_operation,
     b"listen": port_operation,
     b"unlisten": port_operation,
+    b"terminal": terminal_operation,
+    b"hangup": terminal_operation,
 }
 
 
