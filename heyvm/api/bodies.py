@@ -56,9 +56,8 @@ def announced_length() -> int | None:
 
 def has_no_body() -> bool:
     """Neither a length nor chunks were announced, and no type."""
-    environ = request.environ
-    announced = announced_length() or "HTTP_TRANSFER_ENCODING" in environ
-    return not announced and not environ.get("CONTENT_TYPE")
+    announced = announced_length() or "HTTP_TRANSFER_ENCODING" in request.environ
+    return not announced and not request.mimetype
 
 
 def _pieces(announced: int | None, limit: int | None, name: str) -> Iterator[bytes]:
