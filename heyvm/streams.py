@@ -219,10 +219,13 @@ class Wire:
         try:
             yield
         finally:
-            with self._count:
-                self._users -= 1
-                if self.closed and not self._users:
-                    self.sock.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._count:
+            self._users -= 1
+            if self.closed and not self._users:
+                self.sock.close()
 
     def close(self) -> None:
         """From any thread; whoever waits is told. Twice is fine."""
