@@ -254,7 +254,7 @@ class Shell:
             return
         self.last = seq
         self.output += memoryview(message)[OUTPUT.size :]
-        if self.acks:
+        if self.acks and self.client.closed is None:
             self.client.say(type="ack", seq=seq)
 
     def read_until(self, mark: bytes, timeout: float = WAIT_S) -> bytes:

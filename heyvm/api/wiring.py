@@ -24,6 +24,7 @@ from heyvm.api import (
     problems,
     proxy,
     sandboxes,
+    shells,
     stream,
     system,
     usage,
@@ -37,14 +38,21 @@ log = logging.getLogger("heyvm.api")
 
 BLUEPRINTS = (
     *(system.blp, usage.blp, sandboxes.blp, files.blp, mounts.blp, proxy.blp, logs.blp),
-    *(images.blp, operations.blp, stream.blp),
+    *(shells.blp, images.blp, operations.blp, stream.blp),
 )
 
 
 class Api(Flask):
-    """Flask with requests whose query keeps its bytes."""
+    """Flask with requests whose query keeps its bytes, and which are what their route says."""
 
     request_class = ByteRequest
+
+    def create_url_adapter(self, request: Any) -> Any:
+        """Werkzeug would have rules of their own for requests that ask for a WebSocket."""
+        adapter = super().create_url_adapter(request)
+        if adapter is not None:
+            adapter.websocket = False
+        return adapter
 
 
 class Json(JSONProvider):
