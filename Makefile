@@ -8,8 +8,8 @@
 PORT ?= 3000
 VENV := .venv
 BIN := $(VENV)/bin
-# pytest-xdist: a number, or auto for one per core.
-JOBS ?= auto
+# Of pytest-xdist: three for two cores, as tests wait as long as they compute.
+JOBS ?= $(shell expr $$(nproc) \* 3 / 2)
 TESTS ?=
 
 # The system's own Python comes first: one from a home directory (pyenv, conda) may lie where a
