@@ -117,7 +117,7 @@ class Desk(paramiko.ServerInterface):
     # -- jobs ------------------------------------------------------------------------------------
 
     def begin(self, job: Callable[[], None]) -> None:
-        thread = threading.Thread(target=self._do, args=(job,), daemon=True)
+        thread = Job(lambda: self._do(job))
         with self._lock:
             self._jobs.add(thread)
         thread.start()
@@ -196,6 +196,13 @@ def session_of(channel: paramiko.Channel) -> Session:
     return subject
 
 
+class Job(threading.Thread):
+    """A thread of a channel."""
+
+    def __init__(self, target: Callable[[], None]) -> None:
+        super().__init__(target=target, daemon=True)
+
+
 def guarded(job: Callable[[], None]) -> None:
     """Do it; what a connection's end makes of it is no news."""
     try:
@@ -208,7 +215,7 @@ def guarded(job: Callable[[], None]) -> None:
 
 def beside(job: Callable[[], None]) -> threading.Thread:
     """A thread for the other direction."""
-    thread = threading.Thread(target=guarded, args=(job,), daemon=True)
+    thread = Job(lambda: guarded(job))
     thread.start()
     return thread
 

@@ -370,7 +370,7 @@ class Line(Transport):
         client asks for, in this thread: it must not wait."""
         self.wire = Wire(sock, stop)
         super().__init__(
-            self.wire,
+            self.wire,  # type: ignore[arg-type]  # "socket-like", says paramiko
             default_window_size=WINDOW_BYTES,
             default_max_packet_size=PACKET_BYTES,
             packetizer_class=Packets,

@@ -1,0 +1,678 @@
+"""The SSH server of a sandbox: Debian's OpenSSH against it, and clients that mean harm."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import logging
+import os
+import pty
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import paramiko
+import pytest
+import requests
+from paramiko.common import (
+    cMSG_CHANNEL_OPEN,
+    cMSG_CHANNEL_REQUEST,
+    cMSG_GLOBAL_REQUEST,
+    cMSG_SERVICE_REQUEST,
+    cMSG_USERAUTH_INFO_RESPONSE,
+    cMSG_USERAUTH_REQUEST,
+)
+from paramiko.message import Message
+from paramiko.packet import Packetizer
+
+from heyvm import ssh, sshwire
+from heyvm.errors import Conflict, Invalid
+from heyvm.shells import Inside
+from heyvm.sshkeys import parse_public_key
+from tests.boxes import Box, Boxes
+from tests.server import wait_until
+
+pytestmark = pytest.mark.root
+
+SEED = b"s" * 32
+ALIAS = "sandbox"  # what known_hosts calls the server
+TIMEOUT_S = 20.0
+BLOB = os.urandom(3_000_001)
+
+
+class Door:
+    """A TCP listener on loopback with `ssh.serve` behind it, and OpenSSH's client."""
+
+    def __init__(self, inside: Callable[[], Inside], **options: Any) -> None:
+        self.inside, self.options = inside, options
+        self.home = Path(tempfile.mkdtemp(prefix="hv-ssh-"))
+        self.stop = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.serving: list[threading.Thread] = []
+        self.faults: list[BaseException] = []
+        (self.home / "known").write_text(f"{ALIAS} {ssh.public_line(SEED)}\n")
+        self.accepting = threading.Thread(target=self._accept)
+        self.accepting.start()
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                sock, _ = self.listener.accept()
+                thread = threading.Thread(target=self._serve, args=(sock,))
+                self.serving.append(thread)
+                thread.start()
+                continue
+            return
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                ssh.serve(sock, self.inside, host_key=SEED, stop=self.stop, **self.options)
+            except BaseException as error:
+                self.faults.append(error)
+
+    def close(self) -> float:
+        """Stop everything; the seconds that it took. Fails where something raised."""
+        began = time.monotonic()
+        self.stop.set()
+        for thread in self.serving:
+            thread.join(TIMEOUT_S)
+        took = time.monotonic() - began
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.accepting.join(TIMEOUT_S)
+        self.listener.close()
+        subprocess.run(["rm", "-rf", self.home], check=True)
+        assert not [thread for thread in self.serving if thread.is_alive()]
+        assert self.faults == []
+        return took
+
+    def is_idle(self) -> bool:
+        """No connection is open."""
+        return not any(thread.is_alive() for thread in self.serving)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), TIMEOUT_S)
+
+    # -- OpenSSH -------------------------------------------------------------------------------
+
+    @property
+    def options_of_ssh(self) -> list[str]:
+        options = {
+            "BatchMode": "yes",
+            "StrictHostKeyChecking": "yes",
+            "UserKnownHostsFile": self.home / "known",
+            "HostKeyAlias": ALIAS,
+            "LogLevel": "ERROR",
+            "IdentityAgent": "none",
+            "Port": self.port,
+        }
+        return ["-F", "/dev/null", *(f"-o{name}={value}" for name, value in options.items())]
+
+    def command(self, *args: str) -> list[str]:
+        """`args`: further options, then the command after `HOST`."""
+        at = args.index("HOST") if "HOST" in args else len(args)
+        return ["ssh", *self.options_of_ssh, *args[:at], "any@127.0.0.1", *args[at + 1 :]]
+
+    def ssh(self, *args: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
+        options = {"input": b"", "capture_output": True, "timeout": TIMEOUT_S} | more
+        return subprocess.run(self.command(*args), **options)
+
+    @contextlib.contextmanager
+    def start(self, *args: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A client, which is killed in the end."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(self.command(*args), **pipes) as client:  # type: ignore[call-overload]
+            try:
+                yield client
+            finally:
+                client.kill()
+
+    def output(self, *args: str, **more: Any) -> str:
+        """What a command prints, which must succeed."""
+        done = self.ssh(*args, **more)
+        assert done.returncode == 0, done
+        return str(done.stdout.decode())
+
+    # -- a client that says what it likes ------------------------------------------------------
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[paramiko.Transport]:
+        with self.connect() as sock, contextlib.closing(paramiko.Transport(sock)) as transport:
+            transport.start_client(timeout=TIMEOUT_S)
+            transport.auth_none("any")
+            yield transport
+            transport.close()
+            transport.join(TIMEOUT_S)
+
+
+class Here:
+    """What `Inside` wants of a lifecycle."""
+
+    def __init__(self, boxes: Boxes) -> None:
+        self._boxes = boxes
+
+    def backend_of(self, _: object) -> Any:
+        return self._boxes.backend
+
+
+@pytest.fixture(scope="module")
+def boxes() -> Iterator[Boxes]:
+    with Boxes() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def box(boxes: Boxes) -> Box:
+    started = boxes.start()
+    started.output("mkdir -p /workspace")
+    return started
+
+
+@pytest.fixture(scope="module")
+def inside(box: Box, boxes: Boxes) -> Callable[[], Inside]:
+    return lambda: Inside(box.sandbox, Here(boxes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def shared(inside: Callable[[], Inside]) -> Iterator[Door]:
+    """One door for the tests that do it no harm."""
+    with Door(inside) as made:
+        yield made
+
+
+@pytest.fixture
+def door(inside: Callable[[], Inside], box: Box) -> Iterator[Door]:
+    """A door of its own. Nothing is left of what came in by it: threads, files, processes."""
+    before = (files(), box.output(PROCESSES))
+    with Door(inside) as made:
+        yield made
+    wait_until(lambda: not strays(), "its threads have ended", timeout=5)
+    assert len(files()) <= len(before[0])
+    wait_until(lambda: box.output(PROCESSES) == before[1], "its processes have ended", timeout=5)
+
+
+PROCESSES = "ls /proc | grep -c '^[0-9]'"
+
+
+def files() -> list[str]:
+    return os.listdir("/proc/self/fd")
+
+
+def strays() -> list[threading.Thread]:
+    """Threads of an SSH connection."""
+    return [one for one in threading.enumerate() if isinstance(one, sshwire.Line | ssh.Job)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[logging.LogRecord]]:
+    """All that is logged meanwhile, by anybody."""
+    seen: list[logging.LogRecord] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record)
+
+    ear = Ear()
+    logging.getLogger().addHandler(ear)
+    try:
+        yield seen
+    finally:
+        logging.getLogger().removeHandler(ear)
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def test_a_command_has_an_input_two_outputs_and_an_exit_code(shared: Door) -> None:
+    done = shared.ssh("HOST", "echo out; echo err >&2; cat; exit 7", input=b"typed")
+
+    assert (done.stdout, done.stderr, done.returncode) == (b"out\ntyped", b"err\n", 7)
+
+
+def test_bytes_go_through_as_they_are_and_each_way_has_its_own_end(shared: Door) -> None:
+    assert shared.ssh("HOST", "cat", input=BLOB).stdout == BLOB
+
+    counted = shared.output("HOST", "wc -c; sleep 0.1; echo after", input=BLOB)
+
+    assert counted.split() == [str(len(BLOB)), "after"]
+
+
+def test_a_death_by_a_signal_is_128_and_its_number(shared: Door) -> None:
+    assert shared.ssh("HOST", "kill -9 $$").returncode == 137
+
+
+def test_a_command_sees_what_execute_shows_it_and_the_clients_variables(shared: Door) -> None:
+    done = shared.output("-oSetEnv=GREETING=hello", "HOST", 'echo "$GREETING $PWD $USER-$(id -u)"')
+
+    assert done == "hello /workspace -0\n" or done == "hello /workspace root-0\n"
+
+
+def test_without_a_command_and_a_terminal_a_login_shell_reads(shared: Door) -> None:
+    done = shared.output("-T", input=b"shopt -q login_shell && echo login\nexit 0\n")
+
+    assert done == "login\n"
+
+
+def test_a_client_that_goes_away_takes_its_commands_with_it(door: Door, box: Box) -> None:
+    with door.start("HOST", "sh -c 'sleep 4711 & echo $$; wait'") as client:
+        assert client.stdout is not None and client.stdout.readline()
+        assert box.run("pgrep -xf 'sleep 4711'").exit_code == 0
+        client.kill()
+
+    wait_until(lambda: box.run("pgrep -xf 'sleep 4711'").exit_code == 1, "the command has ended")
+
+
+def test_a_command_that_does_not_read_ends_with_its_client(door: Door, box: Box) -> None:
+    with door.start("HOST", "echo here; exec sleep 4712") as client:
+        assert client.stdout is not None and client.stdin is not None
+        assert client.stdout.readline() == b"here\n"
+        stuff(client.stdin.fileno())
+        client.kill()
+
+    wait_until(lambda: box.run("pgrep -xf 'sleep 4712'").exit_code == 1, "the command has ended")
+
+
+def stuff(fd: int) -> int:
+    """Write until nothing has gone in for half a second; how much has."""
+    os.set_blocking(fd, False)
+    written = 0
+    while select.select([], [fd], [], 0.5)[1]:
+        with contextlib.suppress(BlockingIOError):
+            written += os.write(fd, bytes(1 << 16))
+    return written
+
+
+def test_errors_are_told_in_words_and_as_255(boxes: Boxes, box: Box) -> None:
+    def stopped() -> Inside:
+        raise Conflict("sandbox 'x\x1b' is stopped: start it first")
+
+    with Door(stopped) as door:
+        plain = door.ssh("HOST", "true")
+        shell = door.ssh("-tt")
+        port = door.ssh("-W", "localhost:80")
+
+    assert plain.stderr == b"heyvm: sandbox 'x?' is stopped: start it first\n"
+    assert plain.returncode == shell.returncode == 255
+    assert shell.stderr == plain.stderr.replace(b"\n", b"\r\n")
+    assert b"is stopped" in port.stderr
+
+
+def test_what_cannot_be_run_is_told(boxes: Boxes, box: Box) -> None:
+    lost = dataclasses.replace(box.sandbox, working_directory="/nowhere")
+    with Door(lambda: Inside(lost, Here(boxes))) as door:  # type: ignore[arg-type]
+        done = [door.ssh("HOST", "true"), door.ssh("-tt", "HOST", "true")]
+
+    assert [one.returncode for one in done] == [255, 255]
+    assert all(b"/nowhere" in one.stderr for one in done)
+
+
+# -- terminals -------------------------------------------------------------------------------------
+
+
+class Screen:
+    """A user's terminal with a client of `ssh` in it."""
+
+    def __init__(self, command: list[str], cols: int = 91, rows: int = 37) -> None:
+        self.master, slave = pty.openpty()
+        self.resize(cols, rows)
+        self.seen = b""
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=lambda: take_terminal(),
+            env={**os.environ, "TERM": "screen-256color"},
+        )
+        os.close(slave)
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def resize(self, cols: int, rows: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, needle: str) -> str:
+        """What came up to this, and it."""
+        end = time.monotonic() + TIMEOUT_S
+        while needle.encode() not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.master], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):
+                    self.seen += os.read(self.master, 1 << 16)
+        found, _, self.seen = self.seen.partition(needle.encode())
+        return found.decode(errors="replace") + needle
+
+
+def take_terminal() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_terminal_has_its_size_its_signals_and_its_exit_code(shared: Door) -> None:
+    with Screen(shared.command("-tt")) as screen:
+        screen.type("stty size; echo $TERM; tty\n")
+        screen.wait_for("37 91")
+        screen.wait_for("screen-256color")
+        screen.wait_for("/dev/pts/")
+        screen.resize(120, 50)
+        screen.process.send_signal(signal.SIGWINCH)
+        screen.type("while [ \"$(stty size)\" != '50 120' ]; do :; done; echo re''sized\n")
+        screen.wait_for("resized")
+        screen.type("echo go''ing; sleep 100\n")
+        screen.wait_for("going")
+        screen.type("\x03")
+        screen.type("echo code $?; exit 9\n")
+        screen.wait_for("code 130")
+        assert screen.process.wait(TIMEOUT_S) == 9
+
+
+def test_a_command_may_have_a_terminal(shared: Door) -> None:
+    done = shared.ssh("-tt", "HOST", "test -t 0 && test -t 1 && echo yes; exit 3")
+
+    assert (done.stdout, done.returncode) == (b"yes\r\n", 3)
+
+
+def test_what_is_typed_before_the_shell_answers_is_not_lost(shared: Door) -> None:
+    done = shared.ssh("-tt", input=b"echo ea''rly; exit 4\n")
+
+    assert b"early\r\n" in done.stdout
+    assert done.returncode == 4
+
+
+def test_a_storm_of_sizes_holds_nobody_up(door: Door) -> None:
+    with door.client() as client:
+        channel = client.open_session()
+        channel.get_pty(width=80, height=24)
+        channel.exec_command("read line; stty size")
+        for cols in range(2000):
+            channel.resize_pty(width=cols, height=cols % 7)
+        channel.resize_pty(width=132, height=43)
+        channel.sendall(b"\n")
+
+        said = b"".join(iter(lambda: channel.recv(1 << 16), b""))
+
+    assert b"43 132" in said
+
+
+# -- ports -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def web(box: Box) -> Iterator[int]:
+    """A port inside where files of /usr/share are served, on localhost alone."""
+    made = box.output(
+        "cd /usr/share/doc; python3 -u -m http.server --bind 127.0.0.1 0"
+        " >/tmp/web 2>&1 & for i in $(seq 100); do grep -o 'port [0-9]*' /tmp/web && break;"
+        " sleep 0.05; done"
+    )
+    yield int(made.split()[1])
+    box.run("pkill -f http.server")
+
+
+def test_a_port_inside_is_reached_by_forwarding(shared: Door, web: int) -> None:
+    with forwarded(shared, f"localhost:{web}") as port:
+        assert requests.get(f"http://127.0.0.1:{port}/", timeout=TIMEOUT_S).ok
+
+
+@contextlib.contextmanager
+def forwarded(door: Door, target: str) -> Iterator[int]:
+    """`ssh -L` to it, and the local port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with door.start("-N", "-L", f"127.0.0.1:{port}:{target}"):
+        wait_until(lambda: listens(port), "ssh listens")
+        yield port
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_sandboxs_own_name_is_the_sandbox(shared: Door, box: Box, web: int) -> None:
+    request = b"GET / HTTP/1.0\r\n\r\n"
+    for name in ("127.0.0.1", "[::1]", box.sandbox.slug):
+        done = shared.ssh("-W", f"{name}:{web}", input=request)
+        assert done.stdout.startswith(b"HTTP/1.0 200"), done
+
+
+def test_nothing_else_is_reached_by_forwarding(shared: Door) -> None:
+    elsewhere = shared.ssh("-W", "example.com:80")
+    nobody = shared.ssh("-W", "localhost:1")
+
+    assert b"forward to localhost, not to 'example.com'" in elsewhere.stderr
+    assert b"port 1" in nobody.stderr
+    assert elsewhere.returncode == nobody.returncode == 255
+
+
+def test_nothing_is_forwarded_back(shared: Door, tmp_path: Path) -> None:
+    back = shared.ssh("-oExitOnForwardFailure=yes", "-R", "0:localhost:1", "HOST", "true")
+    agent = shared.output("-A", "HOST", 'echo "[$SSH_AUTH_SOCK][$DISPLAY]"')
+    unix = shared.ssh("-W", "/run/some.sock")
+
+    assert back.returncode == 255
+    assert agent == "[][]\n"
+    assert unix.returncode == 255
+
+
+def test_several_channels_share_a_connection(door: Door, web: int) -> None:
+    control = f"-oControlPath={door.home}/control"
+    with door.start("-MN", control), contextlib.ExitStack() as stack:
+        wait_until((door.home / "control").exists, "the master listens")
+        lines = [f"sleep 0.2; echo {n}" for n in range(8)]
+        clients = [stack.enter_context(door.start(control, "HOST", line)) for line in lines]
+        said = [client.communicate(timeout=TIMEOUT_S)[0] for client in clients]
+        done = door.ssh(control, "-W", f"localhost:{web}", input=b"GET / HTTP/1.0\r\n\r\n")
+        assert len(door.serving) == 1
+
+    assert said == [b"%d\n" % n for n in range(8)]
+    assert done.stdout.startswith(b"HTTP/1.0 200")
+
+
+def test_vs_codes_way_of_connecting_works(shared: Door) -> None:
+    """A script on stdin starts a server that stays, and says where; then its port is forwarded."""
+    script = b"""
+        nohup python3 -u -m http.server --bind 127.0.0.1 0 >/tmp/code 2>&1 </dev/null &
+        echo pid=$!
+        while ! grep -q port /tmp/code; do sleep 0.05; done
+        grep -o 'port [0-9]*' /tmp/code
+    """
+    said = dict(
+        line.replace("=", " ").split()
+        for line in shared.output("-T", "HOST", "bash", input=script).splitlines()
+    )
+    try:
+        with forwarded(shared, f"localhost:{said['port']}") as port:
+            assert requests.get(f"http://127.0.0.1:{port}/", timeout=TIMEOUT_S).ok
+    finally:
+        shared.ssh("HOST", f"kill {said['pid']}")
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_rsync_goes_both_ways(shared: Door, tmp_path: Path) -> None:
+    sent, back = tmp_path / "sent", tmp_path / "back"
+    sent.mkdir()
+    (sent / "blob").write_bytes(BLOB)
+    (sent / "ä b").write_text("x")
+    through = ["rsync", "-a", "-e", shlex.join(["ssh", *shared.options_of_ssh])]
+
+    for way in ([f"{sent}/", "any@127.0.0.1:/tmp/rsynced/"], ["any@127.0.0.1:/tmp/rsynced/", back]):
+        subprocess.run([*through, *way], check=True, timeout=TIMEOUT_S)
+
+    assert {path.name: path.read_bytes() for path in back.iterdir()} == {"blob": BLOB, "ä b": b"x"}
+
+
+@pytest.mark.parametrize("protocol", ["-O", "-s"])
+def test_scp_copies_both_ways(shared: Door, tmp_path: Path, protocol: str) -> None:
+    (tmp_path / "sent").write_bytes(BLOB)
+    scp = ["scp", protocol, "-q", *shared.options_of_ssh]
+    there = f"any@127.0.0.1:/tmp/scp{protocol}"
+
+    subprocess.run([*scp, tmp_path / "sent", there], check=True, timeout=TIMEOUT_S)
+    subprocess.run([*scp, there, tmp_path / "back"], check=True, timeout=TIMEOUT_S)
+
+    assert (tmp_path / "back").read_bytes() == BLOB
+
+
+def test_sftp_lists_and_moves(shared: Door, tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(b"moved")
+    batch = (
+        f"mkdir /tmp/sf\nput {tmp_path}/sent /tmp/sf/a\nrename /tmp/sf/a /tmp/sf/b\nls -l /tmp/sf\n"
+    )
+    sftp = ["sftp", "-b", "-", *shared.options_of_ssh, "any@127.0.0.1"]
+
+    done = subprocess.run(sftp, input=batch.encode(), capture_output=True, timeout=TIMEOUT_S)
+
+    assert done.returncode == 0, done
+    assert b"/tmp/sf/b" in done.stdout
+    assert shared.output("HOST", "cat /tmp/sf/b") == "moved"
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Key pairs as ssh-keygen makes them."""
+    home = tmp_path_factory.mktemp("keys")
+    kinds = {"ed25519": [], "ecdsa": [], "rsa": ["-b", "2048"], "other": []}
+    for name, more in kinds.items():
+        kind = "ed25519" if name == "other" else name
+        told = ["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", f"{name} of nobody's", *more]
+        subprocess.run([*told, "-f", home / name], check=True)
+    return {name: home / name for name in kinds}
+
+
+def line_of(key: Path) -> str:
+    return key.with_suffix(".pub").read_text()
+
+
+def test_with_keys_only_these_come_in(inside: Callable[[], Inside], keys: dict[str, Path]) -> None:
+    allowed = [line_of(keys[name]) for name in ("ed25519", "ecdsa", "rsa")]
+    only = "-oIdentitiesOnly=yes"
+    with Door(inside, authorized=allowed) as door:
+        for name in ("ed25519", "ecdsa", "rsa"):
+            assert door.output(only, "-i", str(keys[name]), "HOST", "echo in") == "in\n"
+        # A stranger's key first does not spoil the right one.
+        both = ["-i", str(keys["other"]), "-i", str(keys["rsa"])]
+        assert door.output(only, *both, "HOST", "echo in") == "in\n"
+        refused = [
+            door.ssh(only, "-i", str(keys["other"]), "HOST", "echo in"),
+            door.ssh("-oPubkeyAuthentication=no", "HOST", "echo in"),
+            door.ssh(only, "-oPubkeyAcceptedAlgorithms=ssh-rsa", "-i", str(keys["rsa"]), "HOST"),
+        ]
+
+    assert [(done.returncode, done.stdout) for done in refused] == [(255, b"")] * 3
+    assert b"Permission denied (publickey)" in refused[0].stderr
+
+
+def test_passwords_are_refused_and_attempts_counted(
+    inside: Callable[[], Inside], keys: dict[str, Path]
+) -> None:
+    with Door(inside, authorized=[line_of(keys["rsa"])]) as door, door.connect() as sock:
+        with contextlib.closing(paramiko.Transport(sock)) as client:
+            client.start_client(timeout=TIMEOUT_S)
+            for attempt in range(sshwire.MAX_ATTEMPTS):
+                with pytest.raises(paramiko.SSHException):
+                    client.auth_password("any", f"{attempt}", fallback=False)
+            client.join(TIMEOUT_S)
+            assert not client.is_active()
+
+
+def test_a_key_that_cannot_be_parsed_stops_the_server_not_the_guard(
+    inside: Callable[[], Inside],
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(Invalid):
+        ssh.serve(ours, inside, host_key=SEED, authorized=["ssh-ed25519 nonsense"])
+
+
+def test_the_lines_of_ssh_keygen_are_keys(keys: dict[str, Path]) -> None:
+    for key in keys.values():
+        blob = base64.b64decode(line_of(key).split()[1])
+        assert parse_public_key(line_of(key)) == blob
+        assert parse_public_key(" ".join(line_of(key).split()[:2])) == blob
+    assert parse_public_key(ssh.public_line(SEED))
+
+
+def test_the_host_key_is_that_of_its_seed(keys: dict[str, Path]) -> None:
+    assert ssh.public_line(SEED) == ssh.public_line(SEED) != ssh.public_line(b"t" * 32)
+
+
+def fields(*parts: bytes) -> bytes:
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def line(kind: str, *parts: bytes) -> str:
+    return f"{kind} {base64.b64encode(fields(*parts)).decode()}"
+
+
+GOOD = line("ssh-ed25519", b"ssh-ed25519", b"k" * 32)
+EXPONENT = b"\1\0\1"
+WRONG_LINES = {
+    "nothing": "",
+    "blank": " \n ",
+    "two lines": f"{GOOD}\n{GOOD}",
+    "a NUL": f"{GOOD} \0",
+    "too long": GOOD + " " + "c" * 8192,
+    "no type": GOOD.split()[1],
+    "no key": "ssh-ed25519",
+    "no base64": "ssh-ed25519 ####",
+    "not ASCII": "ssh-ed25519 äöü",
+    "an option": f'command="id" {GOOD}',
+    "a private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "a type of no use": line("ssh-dss", b"ssh-dss", b"k" * 32),
+    "another type inside": line("ssh-ed25519", b"ssh-rsa", b"k" * 32),
+    "a short key": line("ssh-ed25519", b"ssh-ed25519", b"k" * 31),
+    "something behind": line("ssh-ed25519", b"ssh-ed25519", b"k" * 32, b""),
+    "cut off": f"ssh-ed25519 {base64.b64encode(fields(b'ssh-ed25519', b'k' * 32)[:-1]).decode()}",
+    "another curve": line("ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp256", b"nistp384", b"\4" * 65),
+    "no point": line("ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp256", b"nistp256", b"\2" * 65),
+    "a weak RSA key": line("ssh-rsa", b"ssh-rsa", EXPONENT, b"\0" + b"\xff" * 128),
+    "a giant RSA key": line("ssh-rsa", b"ssh-rsa", EXPONENT, b"\0" + b"\xff" * 4096),
+    "a giant exponent": line("ssh-rsa", b"ssh-rsa", b"\1" * 64, b"\0" + b"\xff" * 256),
+    "no exponent": line("ssh-rsa", b"ssh-rsa", b"", b"\0" + b"\xff" * 256),
+    "an even modulus": line("ssh-rsa", b"ssh-rsa", EXPONENT, b"\0" + b"\xfe" * 256),
+    "a negative modulus": line("ssh-rsa", b"ssh-rsa", EXPONENT, b"\xff" * 257),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LINES)
+def test_what_is_no_public_key_is_refused_in_words(wrong: str) -> None:
+    with pytest.raises(Invalid) as refusal:
+        parse_public_key(WRONG_LINES[wrong])
+
+    assert len(refusal.value.detail) > 10
