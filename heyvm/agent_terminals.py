@@ -134,10 +134,11 @@ class Terminal:
         self.size: tuple[int, int] | None = None  # to be set
         self.typed = bytearray()  # and not read by the program yet
         # The pieces from `first` to `last` are kept, those up to `sent` have gone to the
-        # connection, and those up to `lost` went away without being acknowledged.
+        # connection, those up to `shown` to any, and those up to `lost` went away without being
+        # acknowledged.
         self.pieces: dict[int, bytes] = {}
         self.kept = 0
-        self.first, self.last, self.sent, self.lost = 1, 0, 0, 0
+        self.first, self.last, self.sent, self.shown, self.lost = 1, 0, 0, 0, 0
         self.careless = False  # the client was waited for, and does not acknowledge
         self.patience: object = None
         # As a `Command` has them, for `Birth`.
@@ -231,7 +232,7 @@ class Terminal:
         """The client is gone, without a word."""
         self.connection = None
         self._calm()
-        if self.ended:
+        if self.ended or self.hung_up:
             return
         if not self.keep_s:
             self.hang_up()
@@ -353,7 +354,7 @@ class Terminal:
         if self.status is not None:
             self.end()
         elif broken:
-            # By a process inside, somehow: it would be told for ever. Wait for the leader's end.
+            # By a process inside, somehow: it would be told for ever.
             self.close_terminal()
         else:
             self.watch()
@@ -370,6 +371,9 @@ class Terminal:
         return False
 
     def deliver(self, piece: bytes) -> None:
+        if self.last > self.shown and len(self.pieces.get(self.last, b"")) + len(piece) < PIECE_BYTES:
+            self._lengthen(piece)
+            return
         self.last += 1
         if self.keep_s:
             self.pieces[self.last] = piece
@@ -383,9 +387,15 @@ class Terminal:
         if self.connection is not None:
             self._send(self.last, piece)
 
+    def _lengthen(self, piece: bytes) -> None:
+        """The last one, which nobody has seen: a program that prints bytes one by one while nobody
+        is there would fill the memory with pieces."""
+        self.pieces[self.last] += piece
+        self._count(len(piece))
+
     def _send(self, seq: int, piece: bytes) -> None:
         assert self.connection is not None
-        self.sent = seq
+        self.sent, self.shown = seq, max(self.shown, seq)
         self.connection.send(frames.frame(frames.STDOUT, seq.to_bytes(8, "big") + piece))
 
     def _drop(self) -> None:
