@@ -371,7 +371,10 @@ class Terminal:
         return False
 
     def deliver(self, piece: bytes) -> None:
-        if self.last > self.shown and len(self.pieces.get(self.last, b"")) + len(piece) < PIECE_BYTES:
+        if (
+            self.last > self.shown
+            and len(self.pieces.get(self.last, b"")) + len(piece) < PIECE_BYTES
+        ):
             self._lengthen(piece)
             return
         self.last += 1
@@ -461,20 +464,21 @@ class Terminal:
         background has lost it."""
         if self.status is not None:
             return
+        if self.failure and self.refusal is None:
+            self._say(self.failure)
         self.status = status
         if self.refusal is not None:
             self._refuse(self.refusal)
             return
-        if self.failure:
-            self.begin_late()
         self.read()
         if self.master < 0:
             self.end()
 
-    def begin_late(self) -> None:
+    def _say(self, line: bytes) -> None:
+        """In place of a program that could not be started."""
         self.born = True
         self._greet()
-        self.deliver(self.failure)
+        self.deliver(line)
 
     def _refuse(self, refusal: Refused) -> None:
         connection, self.connection = self.connection, None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -255,7 +256,7 @@ def test_who_reads_late_does_not_blame_the_agent(monkeypatch: pytest.MonkeyPatch
 def test_frames_are_whole_whoever_sends_and_however_slowly_they_are_read() -> None:
     with attached() as (terminal, peer):
         pastes = [bytes([65 + at]) * 300_000 for at in range(3)]
-        waits = [in_thread(lambda paste=paste: terminal.send(paste)) for paste in pastes]
+        waits = [in_thread(partial(terminal.send, paste)) for paste in pastes]
         for at in range(1, 2001):
             terminal.resize(at % 500 + 1, 24)
             terminal.ack(at)

@@ -41,7 +41,7 @@ AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 BACKLOG = 4096  # or as many as net.core.somaxconn allows: what waits there, waits for the agent
 PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP = 28, 0x4
-MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x4000, 0x40000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x4000, 0x40000
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
 SYS_CLONE3, CLONE_INTO_CGROUP = 435, 0x200000000
@@ -54,6 +54,7 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x2, 0x4, 0x8
 STAGE = "/run"
 IDS = 65536
 USUAL_FILES = 1024
+TERMINALS = 256  # of a sandbox: those that are asked for from outside, and as many again
 CALM_S = 0.03
 # What bubblewrap mounts on, the agent's place, and where names and the resolver are looked up.
 # CVE-2026-41579 and its kind: where one of them is a link, a mount lands elsewhere.
@@ -418,7 +419,7 @@ def demand_directories(tree: int, whose: str) -> None:
 
 def stage(*names: str) -> None:
     mount("stage", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-    for name in names:
+    for name in (*names, "pts"):
         os.mkdir(f"{STAGE}/{name}")
     os.close(os.open(f"{STAGE}/empty", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o444))
 
@@ -482,6 +483,13 @@ def attach_agent(bundle: int, log: int) -> None:
     attach(bundle, open_beneath(root, ".heyvm"))
     attach(log, open_beneath(root, ".heyvm/log"))
     os.close(root)
+
+
+def own_terminals() -> None:
+    """So many at most: the kernel has 3072 for all sandboxes together (kernel.pty), which the first
+    of them could take otherwise."""
+    options = f"newinstance,ptmxmode=0666,mode=620,max={TERMINALS}"
+    mount("devpts", f"{STAGE}/pts", "devpts", MS_NOSUID | MS_NOEXEC, options)
 
 
 def attach_mounts(entries: list[Spec], trees: list[int], path: str) -> None:
@@ -659,7 +667,7 @@ def bubblewrap_arguments(spec: Spec, seccomp: int, status: int, agent_fd: int) -
         *("--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"),
         *("--bind", f"{STAGE}/root", "/"),
         *(("--bind", f"{STAGE}/usr", "/usr") if "usr" in spec["lowers"] else ()),
-        *("--proc", "/proc", "--dev", "/dev"),
+        *("--proc", "/proc", "--dev", "/dev", "--dev-bind", f"{STAGE}/pts", "/dev/pts"),
         *memory_mounts(spec["memory"]),
         *("--hostname", spec["hostname"], "--chdir", "/", "--clearenv", "--as-pid-1"),
         *("--seccomp", str(seccomp), "--json-status-fd", str(status), "--cap-drop", "ALL"),
@@ -731,10 +739,12 @@ def start_box(spec: Spec, say: int) -> None:
     if base is not None:
         become_root_inside()
     write_resolver(spec["resolv_conf"])
-    if mounts:
-        # Attached in mounts of the sandbox's own user namespace: what comes from the host's is
-        # locked there, and could not be taken out again while it runs.
+    if mounts or base is not None:
+        # Mounts of the sandbox's own user namespace: only there it may mount, and what comes from
+        # the host's is locked there, and could not be taken out again while it runs.
         unshare(CLONE_NEWNS, "mounts")
+    own_terminals()
+    if mounts:
         attach_mounts(spec["mounts"], mounts, f"{STAGE}/root")
     for descriptor in (seccomp, status):
         os.set_inheritable(descriptor, True)
