@@ -1201,10 +1201,27 @@ def file_operation(agent: Agent, connection: Connection, request: Fields) -> Non
         raise Refused("failed", "unknown operation")
     if agent.workers >= MAX_WORKERS:
         raise Refused("failed", "too many file operations at once")
+    fd, splitter = connection.fd, connection.splitter
+    fork_worker(agent, connection, lambda: agent_files.serve(fd, splitter, work, request))
+
+
+def call_operation(agent: Agent, connection: Connection, request: Fields) -> None:
+    """As long as the host likes: half of the workers is left to what is over soon."""
+    from heyvm import agent_calls
+
+    plan = Plan(agent, {**agent.environment, **request, "argv": [b"-"]})
+    if agent.workers >= MAX_WORKERS // 2:
+        raise Refused("failed", "too many SFTP sessions at once")
+    fd, splitter = connection.fd, connection.splitter
+    raise_oom_score(fork_worker(agent, connection, lambda: agent_calls.serve(fd, splitter, plan)))
+
+
+def fork_worker(agent: Agent, connection: Connection, work: Callable[[], None]) -> int:
+    """`work` owns the connection, and never returns."""
     pid = posix.fork()
     if pid == 0:
         become_worker(connection.fd)
-        agent_files.serve(connection.fd, connection.splitter, work, request)
+        work()
     agent.workers += 1
 
     def ended(_status: int) -> None:
@@ -1212,6 +1229,7 @@ def file_operation(agent: Agent, connection: Connection, request: Fields) -> Non
 
     agent.children[pid] = ended
     connection.close()
+    return pid
 
 
 def port_operation(agent: Agent, connection: Connection, request: Fields) -> None:
@@ -1245,6 +1263,7 @@ OPERATIONS: dict[bytes, Callable[[Agent, Connection, Fields], None]] = {
     b"unlisten": port_operation,
     b"terminal": terminal_operation,
     b"hangup": terminal_operation,
+    b"calls": call_operation,
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from heyvm import guest, journal, streams
+from heyvm.calls import Calls
 from heyvm.errors import HeyvmError, NotFound, Unavailable
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import Sandbox, Tunnel
@@ -191,9 +192,15 @@ class Inside:
 
         return self._stream(begin)
 
-    def calls(self) -> socket.socket:
-        """A connection for `calls.py`: files, one system call at a time."""
-        return self._connect()
+    def calls(self) -> Calls:
+        """Files, one system call at a time, as the user that commands run as."""
+        return self._stream(
+            lambda sock: Calls(
+                sock,
+                user=self.sandbox.image_config.user,
+                cwd=self.sandbox.working_directory,
+            )
+        )
 
     def _environment(self, env: Mapping[str, str]) -> dict[str, str]:
         return guest.base_environment(self.sandbox) | dict(env)

@@ -7,14 +7,13 @@ What paramiko needs to be safe against its clients is in sshwire.py.
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import logging
 import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import paramiko
@@ -29,7 +28,7 @@ from paramiko.common import (
 )
 from paramiko.ssh_exception import SSHException
 
-from heyvm import sshwire
+from heyvm import sftp, sshwire
 from heyvm.errors import HeyvmError, Invalid
 from heyvm.shells import Inside
 from heyvm.sshkeys import parse_public_key
@@ -309,12 +308,9 @@ class Session:
 
     def _run_command(self, command: bytes | None) -> None:
         line = LOGIN_SHELL if command is None else decoded(command)
-        running = self.desk.inside().command(line, self._env)
-        try:
+        with closing(self.desk.inside().command(line, self._env)) as running:
             self.channel.when_closed(running.close)
             self._converse(running, running.end_input)
-        finally:
-            running.close()
 
     def _run_terminal(self, command: bytes | None) -> None:
         assert self._screen is not None
@@ -369,17 +365,10 @@ class Session:
                 self._fail(error.detail)
 
     def _serve_files(self) -> None:
-        sftp = importlib.import_module("heyvm.sftp")
-        try:
-            files = paramiko.SFTPServer(self.channel, "sftp", self.desk, sftp.Files)
-        except HeyvmError as error:
-            self._fail(error.detail)
-            return
-        try:
-            files.start_subsystem("sftp", self.channel.get_transport(), self.channel)
+        with closing(self.desk.inside().calls()) as calls:
+            self.channel.when_closed(calls.close)
+            sftp.serve(self.channel, calls)
             self.channel.send_exit_status(0)  # scp wants one
-        finally:
-            files.finish_subsystem()
 
 
 def fitting(cols: int, rows: int) -> tuple[int, int]:
