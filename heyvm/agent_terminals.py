@@ -371,11 +371,7 @@ class Terminal:
         return False
 
     def deliver(self, piece: bytes) -> None:
-        if (
-            self.last > self.shown
-            and len(self.pieces.get(self.last, b"")) + len(piece) < PIECE_BYTES
-        ):
-            self._lengthen(piece)
+        if self._lengthened(piece):
             return
         self.last += 1
         if self.keep_s:
@@ -390,11 +386,14 @@ class Terminal:
         if self.connection is not None:
             self._send(self.last, piece)
 
-    def _lengthen(self, piece: bytes) -> None:
-        """The last one, which nobody has seen: a program that prints bytes one by one while nobody
-        is there would fill the memory with pieces."""
-        self.pieces[self.last] += piece
-        self._count(len(piece))
+    def _lengthened(self, some: bytes) -> bool:
+        """The last piece, where nobody has seen it: a program that prints bytes one by one while
+        nobody is there would fill the memory with pieces."""
+        if self.last <= self.shown or len(self.pieces[self.last]) + len(some) > PIECE_BYTES:
+            return False
+        self.pieces[self.last] += some
+        self._count(len(some))
+        return True
 
     def _send(self, seq: int, piece: bytes) -> None:
         assert self.connection is not None
