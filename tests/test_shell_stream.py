@@ -92,7 +92,7 @@ def test_a_shell_begins_echoes_and_ends_with_its_code(server: Server, ref: str) 
     with Shell.open(server.port, ref) as shell:
         assert shell.ready == {"type": "ready", "sessionId": shell.id, "lastSeq": 0}
         assert re.fullmatch(r"[A-Za-z0-9_-]{16,64}", shell.id)
-        shell.type("stty size; echo $TE''RM $0 $PWD; exit 7\n")
+        shell.type("stty size; echo $TERM $0 $PWD; exit 7\n")
         assert shell.finish()[-1] == {"type": "exit", "code": 7}
         assert shell.client.closed == 1000
         assert b"24 80\r\n" in shell.output
@@ -450,8 +450,9 @@ def test_a_token_stands_in_no_log(guarded: Server, box: str) -> None:
         sock.recv(1000)
     late = connect(guarded.port, f"{path_of(box)}?token={secret}")
     assert error_of(late, text(type="init", cols=0))[0] == "bad_message"
-    files = [path for path in guarded.home.rglob("*") if path.is_file() and path.stat().st_size]
-    assert guarded.log_path in files
+    trail = list((guarded.data_dir / "audit").iterdir())
+    files = [guarded.log_path, *guarded.data_dir.glob("registry.db*"), *trail]
+    assert len(files) > 2
     assert [path for path in files if signature.encode() in path.read_bytes()] == []
     assert path_of(box) in guarded.log
 
