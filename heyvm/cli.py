@@ -1,4 +1,4 @@
-"""The `heyvm` command: serves, keeps, checks the machine, keeps images, makes tokens, purges."""
+"""The `heyvm` command: serves, keeps, connects, checks the machine, keeps images, makes tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from heyvm import __version__, imagecli
+from heyvm import __version__
 from heyvm.errors import HeyvmError, Misconfigured
-from heyvm.serving import DEFAULT_HOST, DEFAULT_PORT, DEFAULT_WORKERS, EXIT_MISCONFIGURED
 
 EPILOG = """\
 settings come from the environment: JWT_SECRET, HEYVM_DATA_DIR and more (README.md)
@@ -24,12 +24,35 @@ exit codes:
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 DEFAULT_EXPIRY = "30d"
 PAUSE_FOR_EVER_S = 30 * 86400
+EXIT_MISCONFIGURED = 2
+CLIENTS = ("connect", "ssh-proxy")
+CONNECT_ABOUT = """\
+With --shell: a shell in this terminal; with a command (joined by spaces and
+read by a shell, as ssh does it), that. What is piped in is its stdin. ~. after
+a newline ends the connection, ~? says what else there is.
+
+Without: a port of this machine that leads to where the ticket does. HOST:PORT
+is printed once it listens.
+"""
+CONNECT_EPILOG = """\
+environment:
+  HEYVM_CONNECTION_URL  the URL, where no TARGET is given. A URL is a secret, and
+                        a command line is seen by whoever may call ps
+  HEYVM_URL             where the API is (default: http://localhost:3000)
+  HEYVM_API_KEY, HEYO_API_KEY
+                        the token for it
+
+The exit code is the shell's, or the command's; 255 where the connection failed.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. What it returns is the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in CLIENTS:
+        return be_client(words)
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(words)
     command: Callable[[argparse.Namespace], int] | None = options.command
     try:
         if command is not None:
@@ -45,8 +68,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def be_client(words: Sequence[str]) -> NoReturn:
+    """`heyvm connect`, `heyvm ssh-proxy`. Nothing that a server is made of is loaded: until the
+    terminal is raw, what is typed is echoed twice."""
+    try:
+        options, command = parse_client(words)
+        code = command(options)
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    # Threads are under way, some of them in no Python: nothing may be taken apart around them.
+    os._exit(code)
+
+
+def parse_client(
+    words: Sequence[str],
+) -> tuple[argparse.Namespace, Callable[[argparse.Namespace], int]]:
+    """`words` of the options: what follows `--`, which is a command's and not ours."""
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(prog="heyvm")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_connect(commands)
+    _add_ssh_proxy(commands)
+    options = parser.parse_args(words[:cut])
+    options.words = words[cut + 1 :]
+    if options.words and not getattr(options, "shell", False):
+        parser.error("a command is for a shell: add --shell")
+    return options, options.command
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line; docs/operating.md prints its help, and a test compares them."""
+    from heyvm import imagecli
+    from heyvm.serving import DEFAULT_HOST, DEFAULT_PORT, DEFAULT_WORKERS
+
     parser = argparse.ArgumentParser(
         prog="heyvm",
         description="Sandboxes over HTTP, on one machine.",
@@ -80,6 +135,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_keeper(commands)
     _add_doctor(commands)
+    _add_connect(commands)
+    _add_ssh_proxy(commands)
     imagecli.add_to(commands)
     _add_token(commands)
     _add_backup(commands)
@@ -110,6 +167,74 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     doctor.add_argument("--json", action="store_true", help="print the checks as a JSON array")
     doctor.set_defaults(command=diagnose)
+
+
+def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    connect = commands.add_parser(
+        "connect",
+        help="open a shell in a sandbox, or a port of it here",
+        usage="%(prog)s [options] [TARGET] [--shell [-- COMMAND...]]",
+        description=CONNECT_ABOUT,
+        epilog=CONNECT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_target(connect)
+    shell = connect.add_argument_group("shell")
+    shell.add_argument("--shell", action="store_true", help="open a shell, or run COMMAND")
+    shell.add_argument(
+        "-t", "--tty", action="store_true", help="run COMMAND in a terminal, as a shell is"
+    )
+    _add_identity(shell)
+    port = connect.add_argument_group("port")
+    port.add_argument(
+        "-p",
+        "--port",
+        type=_port_pair,
+        metavar="LOCAL[:REMOTE]",
+        help="port to listen on (default: a free one); REMOTE is inside, where TARGET is a sandbox",
+    )
+    port.add_argument("--to", type=_port, metavar="REMOTE", help="as in -p 0:REMOTE")
+    port.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: 127.0.0.1)",
+    )
+    connect.set_defaults(command=connect_to)
+
+
+def _add_ssh_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    proxy = commands.add_parser(
+        "ssh-proxy",
+        help="reach a sandbox with ssh, as its ProxyCommand",
+        description="Carry stdin and stdout to a sandbox's SSH server:"
+        " ssh -o ProxyCommand='heyvm ssh-proxy TARGET' sandbox",
+        epilog=CONNECT_EPILOG.partition("\nThe exit code")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_target(proxy)
+    proxy.set_defaults(command=proxy_to)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="a connection URL (heyo://...), or - for the first line of stdin, or a sandbox's id or"
+        " slug, for which the API is asked",
+    )
+    parser.add_argument("--api-url", metavar="URL", help="where the API is (default: $HEYVM_URL)")
+    parser.add_argument("--token-file", metavar="FILE", help="a file with the token for the API")
+
+
+def _add_identity(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "-i",
+        "--identity",
+        metavar="FILE",
+        help="the SSH key of a session that was made for some (default: ssh-agent's, ~/.ssh/id_*)",
+    )
 
 
 def _add_token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -216,6 +341,20 @@ def _become(module: Sequence[str], given: Mapping[str, object]) -> int:
     os.execve(sys.executable, [sys.executable, "-m", *module], environ)
 
 
+def connect_to(options: argparse.Namespace) -> int:
+    """`heyvm connect`"""
+    from heyvm import connect
+
+    return connect.connect(options)
+
+
+def proxy_to(options: argparse.Namespace) -> int:
+    """`heyvm ssh-proxy`"""
+    from heyvm import connect
+
+    return connect.ssh_proxy(options)
+
+
 def diagnose(options: argparse.Namespace) -> int:
     """`heyvm doctor`"""
     from heyvm import doctor, settings
@@ -292,6 +431,12 @@ def _port(text: str) -> int:
     if number > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port: say 1 to 65535")
     return number
+
+
+def _port_pair(text: str) -> tuple[int, int | None]:
+    """LOCAL, 0 for a free one, and REMOTE if it is there."""
+    local, colon, remote = text.partition(":")
+    return 0 if local in ("", "0") else _port(local), _port(remote) if colon else None
 
 
 def _positive(text: str) -> int:

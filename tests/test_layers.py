@@ -15,7 +15,7 @@ from tests.server import REPOSITORY
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"wsgi", "heyvm.cli", "heyvm.doctor", "heyvm.imagecli", "heyvm.purge", "heyvm.serving"}
-        | {"heyvm.worker", "heyvm.backup", "heyvm.restore", "heyvm.connect"}
+        | {"heyvm.worker", "heyvm.backup", "heyvm.restore", "heyvm.connect", "heyvm.usershell"}
     ),
     frozenset({"app", "heyvm.keeper", "heyvm.tunnels"}),
     frozenset({"heyvm.api"}),
@@ -59,6 +59,9 @@ BESIDE = {
     "heyvm.sftp": 4,
     "heyvm.calls": 4,
     "heyvm.streams": 4,
+    "heyvm.sandboxapi": 4,
+    "heyvm.sshclient": 4,
+    "heyvm.usertty": 5,
     "heyvm.tickets": 5,
     "heyvm.websocket": 4,
     "heyvm.agent_terminals": 5,
@@ -96,7 +99,7 @@ DOORS = {
     "gunicorn": {"heyvm.worker"},
     "prometheus_client": {"heyvm.metrics"},
     "iroh": {"heyvm.tickets"},
-    "paramiko": {"heyvm.ssh", "heyvm.sshwire", "heyvm.sftp", "heyvm.connect"},
+    "paramiko": {"heyvm.ssh", "heyvm.sshwire", "heyvm.sftp", "heyvm.sshclient"},
     "wsproto": {"heyvm.websocket"},
 }
 
