@@ -597,7 +597,7 @@ def open_master() -> int:
             return fd
         posix.close(fd)
     if failure is not None and failure.errno == errno.ENOSPC:
-        raise Refused("failed", "there are no terminals left on this machine")
+        raise Refused("failed", "there are no terminals left in this sandbox, or on this machine")
     raise failure or Refused("failed", "/dev/ptmx is not the maker of terminals")
 
 
@@ -686,6 +686,8 @@ def execute_first(files: Iterator[tuple[bytes, list[bytes], dict[bytes, bytes]]]
     missing = refused = None
     for file, argv, variables in files:
         try:
+            if not file:
+                raise FileNotFoundError(errno.ENOENT, "no name")
             posix.execve(file, argv, variables)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -717,6 +719,9 @@ def opened(terminals: Terminals, name: bytes, request: Fields) -> Terminal:
     if login:
         request = {**request, "argv": [b"/bin/sh"]}
     plan = Plan(terminals.agent, {**terminals.agent.environment, **request})
+    variables = (*plan.environment, *plan.environment.values())
+    if b"\0" in b"".join((plan.cwd, *plan.argv, *variables)):
+        raise ValueError("embedded null byte")  # as for a command
     keep_s = min(max(0, number(request, "keep_ms", 0)) / 1000, MAX_KEEP_S)
     terminals.make_room()
     made = Terminal(terminals, name, keep_s)
