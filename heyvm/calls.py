@@ -95,11 +95,14 @@ class Calls:
         self._talk.answer(Subject("SFTP", cwd=cwd, user=user))
 
     def close(self) -> None:
-        """From any thread; a call under way then raises `BackendFailed`. What is open inside is
-        closed as well."""
+        """What is open inside is closed as well, and the one who did the calls ends."""
+        self.hang_up()
+        self._talk.sock.close()
+
+    def hang_up(self) -> None:
+        """From any thread: a call under way, and any other, then raises `BackendFailed`."""
         with suppress(OSError):
             self._talk.sock.shutdown(socket.SHUT_RDWR)
-        self._talk.sock.close()
 
     def _call(self, name: str, **fields: frames.Writable) -> Fields:
         try:

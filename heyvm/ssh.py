@@ -366,7 +366,7 @@ class Session:
 
     def _serve_files(self) -> None:
         with closing(self.desk.inside().calls()) as calls:
-            self.channel.when_closed(calls.close)
+            self.channel.when_closed(calls.hang_up)
             sftp.serve(self.channel, calls)
             self.channel.send_exit_status(0)  # scp wants one
 
