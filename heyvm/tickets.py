@@ -1,0 +1,352 @@
+"""iroh's one door: `heyo://` tickets, endpoints that serve or dial them, and what they carry.
+
+A ticket names an endpoint (its public key) and where it can be reached. One bidirectional QUIC
+stream stands for one TCP connection, byte for byte, half-close included, without any handshake or
+login: whoever knows the ticket is in. Runs in an asyncio loop; one such loop for each process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from heyvm.errors import Invalid, Unavailable, Unsupported
+
+if TYPE_CHECKING:
+    import iroh
+
+SCHEME = "heyo://"
+ALPN = b"hey-proxy/tcp/0"
+# The same, but each stream begins with a zero byte of whoever opens it: QUIC tells nobody of a
+# stream on which nothing was sent, and there are servers that speak first (MySQL, SMTP).
+ALPN_WITH_START = b"heyvm/tcp/1"
+START = b"\0"
+TICKET = re.compile(r"endpoint[a-z2-7]{20,4096}")
+BROKERED = re.compile(r"(?:[^/\s]+:[0-9]{1,5}/)?[A-Za-z0-9_-]{1,63}")
+PIECE_BYTES = 256 * 1024
+ADDRESSES = 8  # in one ticket
+HANDSHAKE_S = 10.0
+CLOSE_S = 1.0
+RESET = struct.pack("ii", 1, 0)  # linger for no time: the peer is reset
+LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
+
+
+def url_of(ticket: str) -> str:
+    """What a user is given."""
+    return SCHEME + ticket
+
+
+def ticket_of(url: str) -> str:
+    """The ticket in a connection URL. `Invalid` says what it is instead."""
+    if not url.startswith(SCHEME):
+        raise Invalid(f"a connection URL begins with {SCHEME}")
+    ticket = url.removeprefix(SCHEME).strip().rstrip("/")
+    if TICKET.fullmatch(ticket):
+        return ticket
+    if not ticket:
+        raise Invalid(f"there is no ticket behind {SCHEME}")
+    if BROKERED.fullmatch(ticket):
+        raise Invalid("this is the short code of a ticket broker, which heyvm does not use")
+    raise Invalid("this is no ticket: was it cut off when it was copied?")
+
+
+def is_there() -> bool:
+    """Whether iroh can be imported: it is built for some machines only."""
+    try:
+        import iroh
+    except ImportError:
+        return False
+    return bool(iroh)
+
+
+def _iroh() -> Any:
+    try:
+        import iroh
+    except ImportError:
+        raise Unsupported("iroh is not installed here, and not built for every machine") from None
+    iroh.iroh_ffi.uniffi_set_event_loop(asyncio.get_running_loop())  # type: ignore[arg-type]
+    return iroh
+
+
+def _options(lib: Any, bind: str, relay: str | None, **more: Any) -> Any:
+    mode = lib.RelayMode.custom_from_urls([relay]) if relay else lib.RelayMode.disabled()
+    return lib.EndpointOptions(preset=lib.preset_minimal(), relay_mode=mode, bind_addr=bind, **more)
+
+
+# -- serving ---------------------------------------------------------------------------------------
+
+
+class Stream:
+    """One stream of a client's, for whoever serves it."""
+
+    def __init__(self, bi: Any) -> None:
+        self._bi = bi
+
+    async def carry(self, sock: socket.socket) -> None:
+        """Be the other end of `sock` until both directions are over; closes it."""
+        await carry(self._bi.send(), self._bi.recv(), sock)
+
+    async def refuse(self) -> None:
+        """Reset it."""
+        with suppress(Exception):
+            await self._bi.send().reset(1)
+            await self._bi.recv().stop(1)
+
+
+class Served:
+    """An endpoint that serves one ticket."""
+
+    def __init__(self, lib: Any, endpoint: iroh.Endpoint, relay: str | None) -> None:
+        self._lib = lib
+        self._endpoint = endpoint
+        self._relay = relay
+        self._connections: set[Any] = set()
+
+    @classmethod
+    async def open(cls, secret: bytes, host: str, port: int, relay: str | None) -> Served:
+        """Listen on this UDP port (0: any) of an address, with this private key. `OSError` where
+        the port is taken."""
+        lib = _iroh()
+        alpns = [ALPN, ALPN_WITH_START]
+        options = _options(lib, _authority(host, port), relay, secret_key=secret, alpns=alpns)
+        try:
+            endpoint = await lib.Endpoint.bind(options)
+        except lib.IrohError as error:
+            raise OSError(f"UDP port {port} of {host} cannot be had: {_said(error)}") from None
+        return cls(lib, endpoint, relay)
+
+    def port(self, host: str) -> int:
+        """The UDP port that it got; iroh listens on another one for the other family too."""
+        wanted = ipaddress.ip_address(host).version
+        for bound in self._endpoint.bound_sockets():
+            address, _, port = bound.rpartition(":")
+            if ipaddress.ip_address(address.strip("[]")).version == wanted:
+                return int(port)
+        raise OSError(f"iroh listens on no address like {host}")
+
+    def ticket(self, addresses: Sequence[str], port: int) -> str:
+        """For clients who reach this machine at these addresses."""
+        direct = [_authority(one, port) for one in addresses[:ADDRESSES]]
+        address = self._lib.EndpointAddr(self._endpoint.id(), self._relay, direct)
+        return str(self._lib.EndpointTicket.from_addr(address))
+
+    async def serve(
+        self, served: Callable[[Stream], Awaitable[None]], connections: int, streams: int
+    ) -> None:
+        """Have `served` called for each stream, at most so many at once, until `close`."""
+        tasks: set[asyncio.Task[None]] = set()
+        room = asyncio.Semaphore(streams)
+        try:
+            while (incoming := await self._endpoint.accept_next()) is not None:
+                if len(self._connections) >= connections or len(tasks) >= connections:
+                    with suppress(self._lib.IrohError):
+                        await incoming.refuse()
+                    continue
+                task = asyncio.ensure_future(self._client(incoming, served, room))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _client(
+        self, incoming: Any, served: Callable[[Stream], Awaitable[None]], room: asyncio.Semaphore
+    ) -> None:
+        """One connection: all that a hostile client can do is to end it."""
+        with suppress(self._lib.IrohError, TimeoutError):
+            async with asyncio.timeout(HANDSHAKE_S):
+                connection = await (await incoming.accept()).connect()
+            self._connections.add(connection)
+            try:
+                await self._streams(connection, served, room)
+            finally:
+                self._connections.discard(connection)
+
+    async def _streams(
+        self, connection: Any, served: Callable[[Stream], Awaitable[None]], room: asyncio.Semaphore
+    ) -> None:
+        has_start = connection.alpn() == ALPN_WITH_START
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                bi = await connection.accept_bi()
+                if room.locked():
+                    await Stream(bi).refuse()
+                    continue
+                await room.acquire()
+                task = asyncio.ensure_future(self._stream(bi, served, has_start))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                task.add_done_callback(lambda _: room.release())
+        finally:
+            # Whoever carries a stream sees its end by itself, and tells the other side of it.
+            if tasks:
+                await asyncio.wait(tasks, timeout=CLOSE_S)
+            for task in tasks:
+                task.cancel()
+
+    async def _stream(
+        self, bi: Any, served: Callable[[Stream], Awaitable[None]], has_start: bool
+    ) -> None:
+        with suppress(self._lib.IrohError, TimeoutError):
+            if has_start:
+                async with asyncio.timeout(HANDSHAKE_S):
+                    if await bi.recv().read_exact(len(START)) != START:
+                        await Stream(bi).refuse()
+                        return
+            await served(Stream(bi))
+
+    async def close(self, reason: bytes) -> None:
+        """Tell every client why, and listen no more."""
+        for connection in list(self._connections):
+            connection.close(1, reason)
+        with suppress(TimeoutError, self._lib.IrohError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._endpoint.close()
+
+
+# -- dialling --------------------------------------------------------------------------------------
+
+
+class Link:
+    """A connection to a ticket's endpoint."""
+
+    def __init__(self, lib: Any, endpoint: iroh.Endpoint, connection: Any) -> None:
+        self._lib = lib
+        self._endpoint = endpoint
+        self._connection = connection
+        self._has_start = connection.alpn() == ALPN_WITH_START
+
+    async def carry(self, sock: socket.socket) -> None:
+        """Open a stream, and be the other end of `sock` until both directions are over; closes it.
+        `Unavailable` where there is no stream to be had."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                bi = await self._connection.open_bi()
+                if self._has_start:
+                    await bi.send().write_all(START)
+        except (TimeoutError, self._lib.IrohError):
+            why = self.why() or "it takes no more connections"
+            raise Unavailable(f"the other side of the ticket is gone: {why}") from None
+        await carry(bi.send(), bi.recv(), sock)
+
+    def is_closed(self) -> bool:
+        return self._connection.close_reason() is not None
+
+    def why(self) -> str:
+        """Why it has ended; empty while it has not."""
+        return _reason(self._connection.close_reason() or "")
+
+    async def close(self) -> None:
+        self._connection.close(0, b"")
+        with suppress(self._lib.IrohError):
+            await self._endpoint.close()
+
+
+async def dial(url: str, timeout: float) -> Link:
+    """Connect to whoever serves this ticket. `Invalid` for what is none; `Unavailable` where nobody
+    answers within so many seconds."""
+    ticket = ticket_of(url)
+    lib = _iroh()
+    try:
+        address = lib.EndpointTicket.from_string(ticket).endpoint_addr()
+    except lib.IrohError:
+        raise Invalid("this is no ticket: was it cut off when it was copied?") from None
+    try:
+        endpoint = await lib.Endpoint.bind(_options(lib, "0.0.0.0:0", address.relay_url()))
+    except lib.IrohError as error:
+        raise Unavailable(f"no UDP socket can be had: {_said(error)}") from None
+    try:
+        async with asyncio.timeout(timeout):
+            return Link(lib, endpoint, await _connected(lib, endpoint, address))
+    except (TimeoutError, lib.IrohError):
+        with suppress(TimeoutError, lib.IrohError):
+            async with asyncio.timeout(CLOSE_S):
+                await endpoint.close()
+        raise Unavailable(
+            "nobody answers at this ticket: it may have expired or been deleted, or its server"
+            " cannot be reached from here (UDP)"
+        ) from None
+
+
+async def _connected(lib: Any, endpoint: iroh.Endpoint, address: Any) -> Any:
+    try:
+        return await endpoint.connect(address, ALPN_WITH_START)
+    except lib.IrohError:  # a server that knows the plain form alone
+        return await endpoint.connect(address, ALPN)
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+async def carry(send: Any, recv: Any, sock: socket.socket) -> None:
+    """Bytes both ways between a stream and a socket, and the end of each direction by itself. A
+    reset on one side is one on the other."""
+    sock.setblocking(False)
+    ways = [
+        asyncio.ensure_future(_to_stream(sock, send)),
+        asyncio.ensure_future(_to_socket(recv, sock)),
+    ]
+    try:
+        done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
+        if any(way.exception() is not None for way in done):
+            await _reset(send, recv, sock)
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+        sock.close()
+
+
+async def _to_stream(sock: socket.socket, send: Any) -> None:
+    loop = asyncio.get_running_loop()
+    while data := await loop.sock_recv(sock, PIECE_BYTES):
+        await send.write_all(data)
+    await send.finish()
+
+
+async def _to_socket(recv: Any, sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    while data := await recv.read(PIECE_BYTES):
+        await loop.sock_sendall(sock, data)
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+
+
+async def _reset(send: Any, recv: Any, sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    with suppress(Exception):
+        await send.reset(1)
+    with suppress(Exception):
+        await recv.stop(1)
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _said(error: Exception) -> str:
+    """iroh's own words, fit for a terminal and for one line."""
+    text = getattr(error, "message", None)
+    return _plain(str(text() if callable(text) else text or error))
+
+
+def _reason(text: str) -> str:
+    """What the peer said at the end, out of iroh's words for it: `closed by peer: WHY (code 1)`."""
+    plain = _plain(text)
+    found = re.fullmatch(r"closed by peer: (.*) \(code [0-9]+\)", plain)
+    return found[1] if found else plain
+
+
+def _plain(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)[:300].strip()
