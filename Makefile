@@ -54,6 +54,7 @@ bench: packages test-packages install-dev
 	@deploy/need wrk:wrk
 	$(BIN)/python bench/bench.py
 	$(BIN)/python bench/ports.py
+	$(BIN)/python bench/shells.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -35,6 +35,7 @@ from heyvm.upstream import hung_up, keep_alive, reset_on_close
 VERSION = "13"
 KEY_BYTES = 16
 RECEIVE_BYTES = 64 * 1024
+EVENTS_PER_TURN = 64  # of the smallest, ten thousand come at once
 MAX_TEXT_BYTES = 64 * 1024
 MAX_BINARY_BYTES = 4 * 1024 * 1024
 STALLED_S = 60.0  # a client that takes not a byte for so long is gone
@@ -128,6 +129,7 @@ class WebSocket:
     def receive(self, timeout: float) -> Received | None:
         """The next message; None after so many seconds without one. Raises `Closed`."""
         due = time.monotonic() + timeout
+        time.sleep(0)  # other requests of this worker have their turn, whatever comes how fast
         while not self._messages:
             if self._end is not None:
                 raise self._end
@@ -138,7 +140,6 @@ class WebSocket:
         return self._messages.popleft()
 
     def _read(self, timeout: float) -> None:
-        time.sleep(0)  # other requests of this worker have their turn
         self._sock.settimeout(timeout)
         try:
             some = self._sock.recv(RECEIVE_BYTES)
@@ -154,8 +155,10 @@ class WebSocket:
 
     def _take(self, some: bytes) -> None:
         self._protocol.receive_data(some)
-        for event in self._protocol.events():
+        for number, event in enumerate(self._protocol.events(), 1):
             self._see(event)
+            if number % EVENTS_PER_TURN == 0:
+                time.sleep(0)
             if self._end is not None:
                 self._parts.clear()
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -201,6 +202,20 @@ def test_what_comes_with_the_handshake_is_read(server: Server, ref: str) -> None
     assert texts[-1] == {"type": "exit", "code": 5}
 
 
+def test_whatever_comes_it_ends_and_the_server_is_not_surprised(server: Server, ref: str) -> None:
+    dice, before = random.Random(59), server.log.count("Traceback")
+    good = [text(type="init"), frame(BINARY, b"\x01x"), text(type="ack", seq=1), frame(9), frame(8)]
+    for _ in range(80):
+        sent = bytearray(b"".join(dice.choices(good, k=6)))
+        for _ in range(dice.randrange(6)):
+            sent[dice.randrange(len(sent))] = dice.randrange(256)
+        with connect(server.port, path_of(ref), early=bytes(sent)) as client:
+            with contextlib.suppress(OSError):
+                client.sock.shutdown(socket.SHUT_WR)
+            client.end()
+    assert server.log.count("Traceback") == before
+
+
 # -- before the upgrade ----------------------------------------------------------------------------
 
 BEFORE: dict[str, tuple[tuple[str, ...], int]] = {
@@ -276,6 +291,34 @@ def test_who_comes_back_gets_what_was_not_acknowledged(server: Server, ref: str)
         assert b"line 1" not in again.output
         again.type("\x04stty size\n")
         assert b"10 90" in again.read_until(b"end\r\n10 90")
+
+
+def test_an_end_that_nobody_saw_waits_too(server: Server, ref: str) -> None:
+    first = quiet(Shell.open(server.port, ref))
+    first.type("sleep 0.2; echo la''st; exit 9\n")
+    first.client.close()
+    first.client.sock.close()
+    time.sleep(0.5)
+    with Shell.open(server.port, ref, sessionId=first.id) as again:
+        assert again.finish()[-1] == {"type": "exit", "code": 9}
+        assert b"last" in again.output
+
+
+def test_a_pause_holds_it_and_a_close_does_not_wait_for_its_end(
+    server: Server, ref: str, http: Any
+) -> None:
+    shell, other = quiet(Shell.open(server.port, ref)), quiet(Shell.open(server.port, ref))
+    http.post(f"/sandboxes/{ref}/pause")
+    shell.type("echo af''ter\n")
+    began = time.monotonic()
+    other.client.say(type="close")
+    other.finish()
+    assert other.client.closed == 1000
+    assert time.monotonic() - began < 8
+    assert refusal(server.port, path_of(ref)).status == 409
+    http.post(f"/sandboxes/{ref}/resume")
+    with shell:
+        shell.read_until(b"after")
 
 
 def test_a_session_is_one_sandboxes(server: Server, sandbox: Callable[..., Record]) -> None:

@@ -316,8 +316,7 @@ class Session:
         self._say({"type": "ready", "sessionId": terminal.session, "lastSeq": terminal.last_seq})
         if terminal.lost:
             self._say({"type": "lost", "upTo": terminal.lost})
-        self._start(self._show, terminal)
-        self._start(self._type, terminal)
+        self._threads += [self._spawn(self._show, terminal), self._spawn(self._type, terminal)]
         while not self._is_over:
             self._look()
             if self._typed.has_room(TICK_S):
@@ -352,12 +351,12 @@ class Session:
             if thread.is_alive():
                 log.error("a thread of a shell's stream does not end: %s", thread.name)
 
-    def _start(self, work: Callable[[Terminal], None], terminal: Terminal) -> None:
+    def _spawn(self, work: Callable[[Terminal], None], terminal: Terminal) -> threading.Thread:
         thread = threading.Thread(
             target=journal.carried(self._guarded), args=(work, terminal), daemon=True
         )
         thread.start()
-        self._threads.append(thread)
+        return thread
 
     def _guarded(self, work: Callable[[Terminal], None], terminal: Terminal) -> None:
         try:
@@ -450,10 +449,15 @@ class Session:
         if self._due is not None:
             return
         self._due = time.monotonic() + HANG_UP_S
+        # A sandbox that is paused answers when it goes on: nobody waits for that.
+        self._spawn(self._end, terminal)
+
+    def _end(self, terminal: Terminal) -> None:
         try:
             self._inside.end(terminal.session)
         except HeyvmError as error:
-            raise self._fate(error) from None
+            if not self._is_left:
+                raise self._fate(error) from None
 
     def _type(self, terminal: Terminal) -> None:
         with suppress(BackendFailed):
