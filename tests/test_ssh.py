@@ -6,7 +6,6 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import logging
 import os
 import pty
@@ -16,7 +15,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import termios
 import threading
@@ -29,15 +27,13 @@ import paramiko
 import pytest
 import requests
 from paramiko.common import (
-    cMSG_CHANNEL_OPEN,
+    MSG_KEXINIT,
     cMSG_CHANNEL_REQUEST,
-    cMSG_GLOBAL_REQUEST,
-    cMSG_SERVICE_REQUEST,
+    cMSG_EXT_INFO,
+    cMSG_KEXINIT,
     cMSG_USERAUTH_INFO_RESPONSE,
-    cMSG_USERAUTH_REQUEST,
 )
 from paramiko.message import Message
-from paramiko.packet import Packetizer
 
 from heyvm import ssh, sshwire
 from heyvm.errors import Conflict, Invalid
@@ -80,8 +76,8 @@ class Door:
             with contextlib.suppress(OSError):
                 sock, _ = self.listener.accept()
                 thread = threading.Thread(target=self._serve, args=(sock,))
-                self.serving.append(thread)
                 thread.start()
+                self.serving.append(thread)
                 continue
             return
 
@@ -123,7 +119,7 @@ class Door:
             "StrictHostKeyChecking": "yes",
             "UserKnownHostsFile": self.home / "known",
             "HostKeyAlias": ALIAS,
-            "LogLevel": "ERROR",
+            "LogLevel": "INFO",
             "IdentityAgent": "none",
             "Port": self.port,
         }
@@ -314,7 +310,7 @@ def test_errors_are_told_in_words_and_as_255(boxes: Boxes, box: Box) -> None:
 
     assert plain.stderr == b"heyvm: sandbox 'x?' is stopped: start it first\n"
     assert plain.returncode == shell.returncode == 255
-    assert shell.stderr == plain.stderr.replace(b"\n", b"\r\n")
+    assert shell.stderr.startswith(plain.stderr.replace(b"\n", b"\r\n"))
     assert b"is stopped" in port.stderr
 
 
@@ -393,6 +389,8 @@ def test_a_terminal_has_its_size_its_signals_and_its_exit_code(shared: Door) -> 
         screen.type("\x03")
         screen.type("echo code $?; exit 9\n")
         screen.wait_for("code 130")
+        # A terminal that nobody reads would keep ssh from leaving it.
+        screen.wait_for("closed.")
         assert screen.process.wait(TIMEOUT_S) == 9
 
 
@@ -479,11 +477,14 @@ def test_nothing_else_is_reached_by_forwarding(shared: Door) -> None:
 def test_nothing_is_forwarded_back(shared: Door, tmp_path: Path) -> None:
     back = shared.ssh("-oExitOnForwardFailure=yes", "-R", "0:localhost:1", "HOST", "true")
     agent = shared.output("-A", "HOST", 'echo "[$SSH_AUTH_SOCK][$DISPLAY]"')
-    unix = shared.ssh("-W", "/run/some.sock")
 
     assert back.returncode == 255
     assert agent == "[][]\n"
-    assert unix.returncode == 255
+
+
+def test_sockets_with_names_are_not_reached(shared: Door) -> None:
+    with forwarded(shared, "/run/some.sock") as port, pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{port}/", timeout=TIMEOUT_S)
 
 
 def test_several_channels_share_a_connection(door: Door, web: int) -> None:
@@ -676,3 +677,306 @@ def test_what_is_no_public_key_is_refused_in_words(wrong: str) -> None:
         parse_public_key(WRONG_LINES[wrong])
 
     assert len(refusal.value.detail) > 10
+
+
+# -- the connection --------------------------------------------------------------------------------
+
+
+def test_only_modern_algorithms_are_offered(shared: Door) -> None:
+    with shared.connect() as sock:
+        stream = sock.makefile("rb")
+        assert stream.readline() == b"SSH-2.0-heyvm\r\n"
+        sock.sendall(b"SSH-2.0-test\r\n")
+        size, _ = struct.unpack(">IB", stream.read(5))
+        offer = Message(stream.read(size - 1))
+    assert offer.get_byte() == cMSG_KEXINIT
+    offer.get_bytes(16)
+    kex, keys, *rest = [offer.get_list() for _ in range(8)]
+    ciphers, macs, compression = rest[:2], rest[2:4], rest[4:]
+
+    assert {name.partition("-")[0] for name in kex} <= {
+        "mlkem768x25519",
+        "curve25519",
+        "ecdh",
+        "kex",
+    }
+    assert keys == ["ssh-ed25519"]
+    assert all(name.startswith(("aes128-", "aes256-")) for names in ciphers for name in names)
+    assert not [name for names in ciphers for name in names if "cbc" in name]
+    assert all(name.startswith("hmac-sha2-") for names in macs for name in names)
+    assert compression == [["none"], ["none"]]
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_keys_are_exchanged_anew_in_mid_transfer(
+    shared: Door, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = []
+    took = sshwire.Line._parse_newkeys
+    monkeypatch.setattr(
+        sshwire.Line, "_parse_newkeys", lambda line, m: (again.append(line), took(line, m))
+    )
+    options = ["-oRekeyLimit=256K"]
+    if who == "server":
+        monkeypatch.setattr(sshwire.Packets, "REKEY_BYTES", 1 << 18)
+        options = []
+
+    assert shared.ssh(*options, "HOST", "cat", input=BLOB).stdout == BLOB
+    assert len(again) > 3
+
+
+def test_channels_come_and_go_while_keys_are_exchanged(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko alone stands still for 30 s when a request comes in the midst of it."""
+    monkeypatch.setattr(sshwire.Packets, "REKEY_BYTES", 1 << 16)
+    control = f"-oControlPath={door.home}/control"
+    with door.start("-MN", control), contextlib.ExitStack() as stack:
+        wait_until((door.home / "control").exists, "the master listens")
+        lines = ["head -c 500000 /dev/zero | wc -c; head -c 500000 /dev/zero"] * 6
+        clients = [stack.enter_context(door.start(control, "HOST", line)) for line in lines]
+        said = [client.communicate(timeout=TIMEOUT_S)[0] for client in clients]
+
+    assert said == [b"500000\n" + bytes(500000)] * 6
+
+
+def test_to_stop_cuts_everything_within_a_second(inside: Callable[[], Inside], box: Box) -> None:
+    door = Door(inside)
+    with (
+        door.start("HOST", "echo 1; exec sleep 4713") as command,
+        door.start("-tt", "HOST", "echo 1; exec sleep 4713") as terminal,
+        door.start("HOST", "echo 1; exec yes") as loud,
+        door.connect() as silent,
+    ):
+        assert all(one.stdout.read(1) == b"1" for one in (command, terminal, loud) if one.stdout)
+        assert silent.recv(100).startswith(b"SSH-")
+        took = door.close()
+        assert took < 1.0
+        assert b"the server has ended this connection" in command.communicate(timeout=TIMEOUT_S)[1]
+
+    assert not strays()
+    wait_until(lambda: box.run("pgrep -xf 'sleep 4713'").exit_code == 1, "the commands have ended")
+
+
+def test_a_caller_that_closes_the_socket_ends_the_connection(
+    inside: Callable[[], Inside],
+) -> None:
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=lambda: ssh.serve(theirs, inside, host_key=SEED))
+    thread.start()
+    with ours:
+        assert ours.recv(100).startswith(b"SSH-")
+        theirs.close()
+        thread.join(1.0)
+        assert not thread.is_alive()
+
+
+# -- clients that mean harm ------------------------------------------------------------------------
+
+OPENINGS = {
+    "nothing": b"",
+    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "no text": os.urandom(4096),
+    "an endless line": b"SSH-2.0-" + b"x" * 100_000,
+    "an old version": b"SSH-1.5-old\r\n",
+    "lines before the version": b"hello\r\n" * 50 + b"SSH-2.0-x\r\n",
+    "no UTF-8": b"SSH-2.0-\xff\xfe\r\n",
+    "a giant packet": b"SSH-2.0-x\r\n" + struct.pack(">I", 0xFFFFFFF0) + bytes(100_000),
+    "an empty packet": b"SSH-2.0-x\r\n" + struct.pack(">IB", 4, 3) + bytes(64),
+    "nonsense for keys": b"SSH-2.0-x\r\n" + struct.pack(">IB", 28, 4) + b"\x14" + b"\xff" * 26,
+    "half an exchange": b"SSH-2.0-x\r\n" + struct.pack(">IB", 512, 4) + b"\x14" + b"x" * 100,
+}
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_nonsense_ends_the_connection_and_nothing_is_said(
+    door: Door, opening: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sshwire, "LOGIN_S", 0.5)
+    with quiet() as said, door.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(OPENINGS[opening])
+        wait_until(lambda: door.serving and door.is_idle(), "it has ended", timeout=5)
+
+    assert said == []
+    assert capfd.readouterr().err == ""
+
+
+def test_who_drips_is_cut_when_the_time_to_log_in_is_over(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sshwire, "LOGIN_S", 0.5)
+    with door.connect() as sock, contextlib.suppress(ConnectionError):
+        began = time.monotonic()
+        for _ in range(100):
+            sock.sendall(b"S")
+            time.sleep(0.02)
+            if door.serving and door.is_idle():
+                break
+
+    assert time.monotonic() - began < 1.9
+
+
+def raw(client: paramiko.Transport, kind: bytes, *parts: Any) -> None:
+    """A message of one's own: ints, bools, and bytes as strings."""
+    message = Message()
+    message.add_byte(kind)
+    for part in parts:
+        add = {bool: message.add_boolean, int: message.add_int, bytes: message.add_string}
+        add[type(part)](part)
+    client._send_message(message)
+
+
+def ends(client: paramiko.Transport) -> bool:
+    client.join(5)
+    return not client.is_alive()
+
+
+def test_an_exchange_of_keys_that_stops_half_way_ends_the_connection(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sshwire, "KEYS_S", 0.5)
+    with door.client() as client:
+        client.open_session().exec_command("yes")
+        client._handler_table[MSG_KEXINIT] = lambda m: None
+        client._send_kex_init()
+        assert ends(client)
+
+
+def test_a_window_counts(door: Door) -> None:
+    with door.client() as client:
+        channel = client.open_session()
+        channel.exec_command("exec sleep 100")
+        channel.out_window_size = 1 << 40
+        with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+            for _ in range(512):
+                channel.send(bytes(1 << 15))
+        assert ends(client)
+
+
+def test_what_nobody_reads_is_held_up_to_a_bound(door: Door) -> None:
+    with door.start("HOST", "exec sleep 100") as client:
+        assert client.stdin is not None
+        written = stuff(client.stdin.fileno())
+
+    assert 1 << 20 < written < 16 << 20
+
+
+def test_a_client_that_reads_nothing_holds_up_nobody_and_leaves_nothing(door: Door) -> None:
+    with door.client() as client:
+        deaf = client.open_session(window_size=1 << 15)
+        deaf.exec_command("yes")
+        other = client.open_session()
+        other.exec_command("echo fine")
+        assert other.recv(100) == b"fine\n"
+        assert other.recv_exit_status() == 0
+
+
+def test_a_client_that_goes_in_mid_transfer_leaves_nothing(door: Door) -> None:
+    with door.client() as client:
+        for line in ("yes", "cat", "yes >&2", "cat /dev/zero"):
+            client.open_session().exec_command(line)
+        client.open_session().invoke_subsystem("sftp")
+        shell = client.open_session()
+        shell.get_pty()
+        shell.invoke_shell()
+        client.sock.close()
+
+
+def test_channels_have_a_limit(door: Door) -> None:
+    with door.client() as client:
+        opened = [client.open_session() for _ in range(sshwire.MAX_CHANNELS)]
+        with pytest.raises(paramiko.ChannelException):
+            client.open_session()
+        opened[0].close()
+        wait_until(lambda: can_open(client), "there is room for another")
+        assert client.is_active()
+
+
+def can_open(client: paramiko.Transport) -> bool:
+    try:
+        client.open_session()
+    except paramiko.ChannelException:
+        return False
+    return True
+
+
+def test_channels_that_come_and_go_leave_nothing(door: Door) -> None:
+    with door.client() as client:
+        for _ in range(300):
+            channel = client.open_session()
+            channel.exec_command("exec sleep 100")
+            channel.close()
+        channel = client.open_session()
+        channel.exec_command("echo fine")
+        assert channel.recv(100) == b"fine\n"
+
+
+def test_a_channel_has_one_program(door: Door) -> None:
+    with door.client() as client:
+        channel = client.open_session()
+        channel.exec_command("exec cat")
+        for kind, more in ((b"shell", ()), (b"exec", (b"id",)), (b"subsystem", (b"sftp",))):
+            raw(client, cMSG_CHANNEL_REQUEST, channel.remote_chanid, kind, False, *more)
+        size = (b"xterm", 80, 24, 0, 0, b"")
+        raw(client, cMSG_CHANNEL_REQUEST, channel.remote_chanid, b"pty-req", False, *size)
+        channel.sendall(b"still one")
+        channel.shutdown_write()
+        assert channel.recv(100) == b"still one"
+        assert channel.recv(100) == b""
+        assert channel.recv_exit_status() == 0
+
+
+def test_an_environment_has_its_bounds(door: Door) -> None:
+    with door.client() as client:
+        channel = client.open_session()
+        for name, value in (
+            *((b"V%d" % n, b"x") for n in range(100)),
+            *((b"L%d" % n, bytes(60_000).replace(b"\0", b"y")) for n in range(5)),
+            *((name, b"x") for name in (b"", b"A=B", b"A B", b"1A", b"\xff", b"NUL")),
+            (b"NUL", b"a\0b"),
+            (b"BAD", b"\xff"),
+        ):
+            raw(client, cMSG_CHANNEL_REQUEST, channel.remote_chanid, b"env", False, name, value)
+        channel.exec_command("env | grep -c '^[VL][0-9]'; env | grep -cE '^(BAD|NUL|A|1)'")
+        assert channel.makefile().read().split()[0] == b"64"
+
+
+REQUESTS: dict[str, tuple[Any, ...]] = {
+    "of no channel": (cMSG_CHANNEL_REQUEST, 63, b"shell", True),
+    "no UTF-8": (cMSG_CHANNEL_REQUEST, 0, b"\xff\xfe", True),
+    "an answer to no question": (cMSG_USERAUTH_INFO_RESPONSE, 0xFFFFFFFF),
+    "no message that there is": (b"\xc8", 1),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_request_that_is_nonsense_ends_the_connection_alone(door: Door, request_: str) -> None:
+    with quiet() as said, door.client() as client:
+        assert client.open_session().remote_chanid == 0
+        raw(client, *REQUESTS[request_])
+        assert ends(client)
+
+    assert said == []
+
+
+def test_a_number_of_extensions_is_not_counted_to(door: Door) -> None:
+    with door.client() as client:
+        raw(client, cMSG_EXT_INFO, 0xFFFFFFFF)
+        channel = client.open_session()
+        channel.exec_command("echo fine")
+        assert channel.recv(100) == b"fine\n"
+
+
+def test_a_window_that_never_opens_ends_with_stop(inside: Callable[[], Inside]) -> None:
+    door = Door(inside)
+    with door.connect() as sock, contextlib.closing(paramiko.Transport(sock)) as client:
+        client.default_window_size = 1 << 15
+        client.start_client(timeout=TIMEOUT_S)
+        client.auth_none("any")
+        for _ in range(4):
+            client.open_session(window_size=1 << 15).exec_command("yes")
+        took = door.close()
+
+    assert took < 1.0
+    assert not strays()
