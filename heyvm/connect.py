@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from heyvm.errors import HeyvmError, Invalid
-from heyvm.sandboxapi import Api, api_of
 
 if TYPE_CHECKING:
+    from heyvm.sandboxapi import Api
     from heyvm.tickets import Link
 
 SCHEME = "heyo://"
@@ -71,8 +71,12 @@ class Target:
         self._url = _url(options)
         self._remote = remote
         self._ref = options.target
-        self._api: Api | None = None if self._url else api_of(options)
         self._session: str | None = None
+        self._api: Api | None = None
+        if self._url is None:
+            from heyvm.sandboxapi import api_of
+
+            self._api = api_of(options)
 
     @property
     def is_sandbox(self) -> bool:
@@ -127,6 +131,7 @@ class Tunnel:
         self.target = target
         self._link: Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._refusal = ""
 
     def stream(self) -> socket.socket:
         """A new stream, as a socket. Raises `HeyvmError`."""
@@ -139,14 +144,24 @@ class Tunnel:
         async def begin() -> socket.socket:
             self._link = await tickets.dial(url, DIAL_S)
             ours, theirs = socket.socketpair()
-            self._carrying = asyncio.ensure_future(self._link.carry(theirs))
+            self._carrying = loop.create_task(self._carry(theirs))
             return ours
 
         return asyncio.run_coroutine_threadsafe(begin(), loop).result()
 
+    async def _carry(self, sock: socket.socket) -> None:
+        assert self._link is not None
+        try:
+            await self._link.carry(sock)
+        except HeyvmError as error:
+            self._refusal = error.detail
+            sock.close()
+
     def why(self) -> str:
         """Why the connection has ended, if it has and somebody said it."""
-        return self._link.why() if self._link is not None else ""
+        if self._link is None:
+            return ""
+        return self._link.why() or self._refusal
 
     def close(self) -> None:
         """Tell the other end, and the API. Takes a few seconds at most."""
