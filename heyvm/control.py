@@ -34,7 +34,7 @@ Operation = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 log = logging.getLogger(__name__)
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """There is no keeper, or it ended before it answered."""
 
 
@@ -45,28 +45,34 @@ def ask(run_dir: Path, request: Mapping[str, Any], timeout: float) -> dict[str, 
     answered, so that what is asked for must be fine to do twice. Raises the domain error that the
     keeper answered with, and `Unavailable` after `timeout` seconds without an answer.
     """
-    line = json.dumps(request).encode() + b"\n"
     deadline = time.monotonic() + timeout
     while True:
-        with suppress(_Broken, TimeoutError):
-            return _result(_exchange(str(run_dir / SOCKET_NAME), line, deadline))
+        with suppress(Broken, TimeoutError):
+            return result_of(_asked(str(run_dir / SOCKET_NAME), request, deadline))
         if time.monotonic() + PAUSE_S >= deadline:
             raise Unavailable(f"the keeper does not answer (within {timeout:g} s): try again")
         time.sleep(PAUSE_S)
 
 
-def _exchange(path: str, line: bytes, deadline: float) -> bytes:
+def _asked(path: str, request: Mapping[str, Any], deadline: float) -> bytes:
     with socket.socket(socket.AF_UNIX) as sock:
         try:
             # A gevent process cannot wait for room in a full queue of connections: EAGAIN.
             sock.settimeout(_left(deadline))
             sock.connect(path)
-            sock.sendall(line)
-            return _read_line(sock, deadline)
+            return exchange(sock, request, deadline)
         except TimeoutError:
             raise
         except OSError as error:
-            raise _Broken from error
+            raise Broken from error
+
+
+def exchange(sock: socket.socket, request: Mapping[str, Any], deadline: float) -> bytes:
+    """The line that answers a request on this connection, for `result_of`. Raises `Broken`,
+    `OSError` and, beyond the deadline (time.monotonic), `TimeoutError`."""
+    sock.settimeout(_left(deadline))
+    sock.sendall(json.dumps(request).encode() + b"\n")
+    return _read_line(sock, deadline)
 
 
 def _read_line(sock: socket.socket, deadline: float) -> bytes:
@@ -76,7 +82,7 @@ def _read_line(sock: socket.socket, deadline: float) -> bytes:
         chunk = sock.recv(RECEIVE_BYTES)
         received += chunk
         if not chunk or len(received) > MAX_LINE_BYTES:
-            raise _Broken
+            raise Broken
     return bytes(received)
 
 
@@ -87,7 +93,8 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _result(line: bytes) -> dict[str, Any]:
+def result_of(line: bytes) -> dict[str, Any]:
+    """What an answer says. Raises the domain's error that it holds."""
     try:
         answer = json.loads(line)
     except ValueError:
@@ -169,7 +176,7 @@ class Server:
 
     def _serve(self, sock: socket.socket, _address: object) -> None:
         # A client that went away, or is too slow, has nobody to tell.
-        with sock, suppress(OSError, _Broken):
+        with sock, suppress(OSError, Broken):
             line = _read_line(sock, time.monotonic() + CLIENT_TIMEOUT_S)
             answer = json.dumps(self._answer(line)).encode() + b"\n"
             sock.settimeout(CLIENT_TIMEOUT_S)
@@ -179,11 +186,11 @@ class Server:
         try:
             return self._operation(line)()
         except HeyvmError as error:
-            return {"error": _told(error)}
+            return {"error": told(error)}
         # The caller must learn of every fault, or it would wait for its whole time.
         except Exception as fault:
             log.exception("a request of the control socket failed")
-            return {"error": _told(HeyvmError(f"the keeper failed: {type(fault).__name__}"))}
+            return {"error": told(HeyvmError(f"the keeper failed: {type(fault).__name__}"))}
 
     def _operation(self, line: bytes) -> Callable[[], Mapping[str, Any]]:
         try:
@@ -194,7 +201,8 @@ class Server:
         return partial(operation, request)
 
 
-def _told(error: HeyvmError) -> dict[str, Any]:
+def told(error: HeyvmError) -> dict[str, Any]:
+    """An error as an answer holds it, under `error`."""
     return {
         "kind": type(error).__name__,
         "detail": error.detail,

@@ -49,6 +49,8 @@ TAKE_S = 0.05
 ENDING_S = 2.0  # what a keeper may take to follow its server
 UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
+EXPIRY_S = 1.0
+TUNNELS_S = 15.0  # it has to start first
 LONGEST_REST_S = 30.0
 AT_ONCE = 32
 FOLLOW_S = 5.0
@@ -67,6 +69,16 @@ class Ports(Protocol):
     def sync(self, sandbox_id: str | None = None) -> None: ...
 
 
+class Tunnelling(Protocol):
+    """What is asked of tunnelproc.py."""
+
+    def ask(self, request: Mapping[str, Any], timeout: float) -> Mapping[str, Any]: ...
+
+    def is_needed_again(self) -> bool: ...
+
+    def end(self) -> None: ...
+
+
 class NoPorts:
     """Of a keeper that has none."""
 
@@ -78,7 +90,12 @@ class Keeper:
     """Looks again and again, and repairs what differs. A failure in one sandbox stays with it."""
 
     def __init__(
-        self, lifecycle: Lifecycle, *, say: Callable[[str], None], ports: Ports | None = None
+        self,
+        lifecycle: Lifecycle,
+        *,
+        say: Callable[[str], None],
+        ports: Ports | None = None,
+        tunnels: Tunnelling | None = None,
     ) -> None:
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
@@ -86,6 +103,8 @@ class Keeper:
         self._say = _Seldom(say)
         self._works = _Works(say)
         self._ports = ports or NoPorts()
+        self._tunnels = tunnels
+        self._tunnelled: int | None = None
         self._changes: int | None = None
         self._synced: int | None = None
         self._running: Sequence[Entry] = ()
@@ -99,6 +118,8 @@ class Keeper:
             _Round(WAKE_S, self._wake),
             _Round(SAMPLE_S, self._sample),
             _Round(0.0, self._look_at_ports),
+            _Round(EXPIRY_S, self._registry.remove_expired_tunnels),
+            _Round(0.0, self._look_at_tunnels),
             _Round(MEND_S, self._mend_sockets),
             _Round(MEND_S, self._remove_unmade),
             _Round(MEND_S, self._cut_removed),
@@ -134,7 +155,7 @@ class Keeper:
                 round_.due = now + round_.period
                 self._try(round_.look)
 
-    def _try(self, look: Callable[[], None]) -> None:
+    def _try(self, look: Callable[[], object]) -> None:
         try:
             look()
         except HeyvmError as error:
@@ -198,7 +219,11 @@ class Keeper:
 
     def answers(self) -> Mapping[str, control.Operation]:
         """What workers may ask for; see control.py."""
-        return {"ports": self._answer_ports}
+        answers: dict[str, control.Operation] = {"ports": self._answer_ports}
+        if self._tunnels is not None:
+            answers["tunnel"] = partial(self._tunnels.ask, timeout=TUNNELS_S)
+            answers["tunnels"] = self._answer_tunnels
+        return answers
 
     def _answer_ports(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         sandbox_id = request.get("sandbox_id")
@@ -206,6 +231,25 @@ class Keeper:
             raise BadRequest("sandbox_id is not a text")
         self._ports.sync(sandbox_id)
         return {"ok": True}
+
+    def _answer_tunnels(self, _request: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._sync_tunnels(self._registry.changes())
+        return {"ok": True}
+
+    def _look_at_tunnels(self) -> None:
+        if self._tunnels is None:
+            return
+        changes = self._registry.changes()
+        if changes != self._tunnelled or self._tunnels.is_needed_again():
+            self._works.begin("tunnels", partial(self._sync_tunnels, changes))
+
+    def _sync_tunnels(self, changes: int) -> None:
+        assert self._tunnels is not None
+        if self._registry.tunnels():
+            self._tunnels.ask({"op": "sync"}, TUNNELS_S)
+        else:
+            self._tunnels.end()
+        self._tunnelled = changes
 
     def _look_at_ports(self) -> None:
         changes = self._registry.changes()
@@ -304,7 +348,7 @@ class _Round:
     """One kind of look, and when it is due next (time.monotonic)."""
 
     period: float
-    look: Callable[[], None]
+    look: Callable[[], object]
     due: float = 0.0
 
 
@@ -459,6 +503,7 @@ def _keep(settings: Settings, over: threading.Event) -> int:
     from heyvm import localports
     from heyvm.gateway import Gateway
     from heyvm.proxies import Proxies
+    from heyvm.tunnelproc import TunnelProcess
 
     def sync(sandbox_id: str) -> None:
         ports.sync(sandbox_id)
@@ -480,9 +525,11 @@ def _keep(settings: Settings, over: threading.Event) -> int:
         ports.sync()
     metrics.begin(settings.run_dir)
     journal.event("keeper.started")
-    keeper = Keeper(lifecycle, say=_say, ports=ports)
+    tunnels = TunnelProcess(_environment(settings))
+    keeper = Keeper(lifecycle, say=_say, ports=ports, tunnels=tunnels)
     keeper.answer_at(control.Server(settings.run_dir, keeper.answers()))
     keeper.run(over)
+    tunnels.end()
     journal.event("keeper.stopped")
     return 0
 

@@ -48,6 +48,9 @@ KNOWN = (
     Setting("HEYVM_RUN_DIR", "/run/heyvm, or $XDG_RUNTIME_DIR/heyvm", "sockets and locks"),
     Setting("HEYVM_PORTS_DIR", "`ports` in HEYVM_RUN_DIR", "where nginx finds endpoints' sockets"),
     Setting("HEYVM_PORTS_GROUP", "", "the group that may use them: that of nginx (`www-data`)"),
+    Setting("HEYVM_TUNNEL_HOST", "what the API listens on", "the address of tickets' UDP ports"),
+    Setting("HEYVM_TUNNEL_PORTS", "any", "`first-last`: tickets' UDP ports, for a firewall"),
+    Setting("HEYO_IROH_RELAY_URL", "", "an iroh relay of your own, for clients without a way here"),
     Setting("HEYVM_LOG", "text", "json: each request and event as a line of JSON on stderr"),
     Setting("HEYVM_ALLOW_OPEN", "0", "1: answer other machines without JWT_SECRET"),
     Setting("HEYVM_STRICT_IMAGES", "0", "1: never run on `host` for an image that cannot be had"),
@@ -87,6 +90,9 @@ class Settings:
     run_dir: Path
     ports_dir: Path | None = None
     ports_group: int | None = None
+    tunnel_host: str = "0.0.0.0"
+    tunnel_ports: tuple[int, int] | None = None
+    iroh_relay: str | None = None
     log_json: bool = False
     jwt_secret: str | None = None
     jwt_audience: str | None = None
@@ -133,6 +139,9 @@ def from_env(environ: Mapping[str, str]) -> Settings:
         run_dir=run_dir,
         ports_dir=_directory(environ, "HEYVM_PORTS_DIR"),
         ports_group=_group(environ, "HEYVM_PORTS_GROUP"),
+        tunnel_host=_tunnel_host(environ),
+        tunnel_ports=_port_range(environ, "HEYVM_TUNNEL_PORTS"),
+        iroh_relay=_relay(environ, "HEYO_IROH_RELAY_URL"),
         log_json=_choice(environ, "HEYVM_LOG", ("text", "json")) == "json",
         jwt_secret=secret,
         jwt_audience=environ.get("JWT_AUDIENCE") or None,
@@ -225,6 +234,38 @@ def _host_name(environ: Mapping[str, str], name: str) -> str | None:
 
 def _directory(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(environ[name]).absolute() if environ.get(name) else None
+
+
+def _tunnel_host(environ: Mapping[str, str]) -> str:
+    """Where the API listens, as far as it says so: a socket that systemd hands over does not."""
+    name = "HEYVM_TUNNEL_HOST"
+    given = environ.get(name, "").strip().strip("[]")
+    host = given or environ.get("HEYVM_HOST", "").strip().strip("[]") or "0.0.0.0"
+    if host == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        if given:
+            raise Misconfigured(f"{name} is {given!r}: say an IP address of this machine") from None
+        return "0.0.0.0"
+
+
+def _port_range(environ: Mapping[str, str], name: str) -> tuple[int, int] | None:
+    value = environ.get(name, "").strip()
+    if not value:
+        return None
+    found = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value)
+    if not found or not 1 <= int(found[1]) <= int(found[2]) <= 65535:
+        raise Misconfigured(f"{name} is {value!r}: say two ports, as 49200-49400")
+    return int(found[1]), int(found[2])
+
+
+def _relay(environ: Mapping[str, str], name: str) -> str | None:
+    value = environ.get(name, "").strip()
+    if value and not re.fullmatch(r"https?://[^\s/]+/?", value):
+        raise Misconfigured(f"{name} is {value!r}: say a URL, as https://relay.example.com")
+    return value or None
 
 
 def _group(environ: Mapping[str, str], name: str) -> int | None:

@@ -32,16 +32,16 @@ NAME = "shell"  # of connections that SSH forwards, for the agent
 
 @dataclass(frozen=True)
 class Way:
-    """A tunnel, and what reaches it: `ticket` is a secret."""
+    """A tunnel, and what reaches it: `url` is a secret."""
 
     tunnel: Tunnel
-    ticket: str
+    url: str
     host_key: str  # of the SSH server: "ssh-ed25519 AAAA..."
 
 
 class Shells:
     """`ask` puts a question to the keeper (control.py): `{"op": "tunnel", "id": ...}` is answered
-    with `{"ticket", "host_key"}` when the ticket works; `{"op": "tunnels"}` when none works that
+    with `{"url", "host_key"}` when the ticket works; `{"op": "tunnels"}` when none works that
     has no row."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Shells:
             raise
         if tunnel.id == new.id:
             journal.event("tunnel.made", sandbox.id, sandbox.slug, tunnel=tunnel.id)
-        return Way(tunnel, str(answer["ticket"]), str(answer["host_key"]))
+        return Way(tunnel, str(answer["url"]), str(answer["host_key"]))
 
     def list(self, ref: str, kind: str) -> Sequence[Tunnel]:
         """Those of a sandbox, oldest first."""

@@ -63,6 +63,7 @@ BESIDE = {
     "heyvm.sshclient": 4,
     "heyvm.usertty": 5,
     "heyvm.tickets": 5,
+    "heyvm.tunnelproc": 4,
     "heyvm.websocket": 4,
     "heyvm.agent_terminals": 5,
     "heyvm.agent_calls": 5,

@@ -205,4 +205,4 @@ def shown(tunnel: Tunnel) -> dict[str, Any]:
 
 
 def opened(way: Way) -> dict[str, Any]:
-    return shown(way.tunnel) | {"connection_url": way.ticket}
+    return shown(way.tunnel) | {"connection_url": way.url}

@@ -1,0 +1,274 @@
+"""The process in which tickets are served: `python -m heyvm.tunnels`, a child of the keeper's.
+
+asyncio for iroh and a thread for each SSH connection, without gevent. Its stdin is a socket of the
+keeper's: a line of JSON is a question, and answered with one (control.py's form). When that socket
+ends, so has the keeper: every client is told, and this process ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from heyvm import backends, control, journal, origins, tickets
+from heyvm.errors import HeyvmError, NotFound, Unavailable
+from heyvm.lifecycle import Lifecycle
+from heyvm.models import Tunnel
+from heyvm.registry import Registry
+from heyvm.settings import Settings, from_env
+from heyvm.shells import Inside, Shells
+
+QUESTIONS = 0  # the descriptor
+MAX_CONNECTIONS = 64  # of one ticket
+MAX_STREAMS = 256  # of one connection
+MAX_THREADS = 64  # that wait for agents
+ENDING_S = 2.0
+RETRY_S = 2.0
+TRIES = 50
+HOST_KEY = b"ssh host key "
+GONE = b"the ticket has expired or was deleted"
+KEEPER_GONE = b"the server's keeper has ended: connect again in a moment"
+
+
+class Tunnels:
+    """One endpoint for each row, and none besides."""
+
+    def __init__(self, settings: Settings, registry: Registry, shells: Shells) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._shells = shells
+        self._doors: dict[str, _Door] = {}
+        self._failures: dict[str, str] = {}
+        self._turn = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(MAX_THREADS)
+        self._subnet = ipaddress.ip_network(settings.subnet)
+
+    async def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One of the keeper's questions."""
+        await self.sync()
+        match request.get("op"):
+            case "sync":
+                return {"ok": True}
+            case "tunnel":
+                return await self._tell(str(request.get("id")))
+        raise Unavailable("the tunnels' process does not know this question")
+
+    async def sync(self) -> None:
+        """Be what the rows say. What cannot be opened is tried again here, and by `retry`."""
+        async with self._turn:
+            rows = {row.id: row for row in await self._in_thread(self._registry.tunnels)}
+            gone = [self._doors.pop(name) for name in self._doors.keys() - rows.keys()]
+            await asyncio.gather(*(door.close(GONE) for door in gone))
+            self._failures = {name: why for name, why in self._failures.items() if name in rows}
+            for row in rows.values():
+                if row.id not in self._doors:
+                    await self._try_open(row)
+
+    async def _try_open(self, row: Tunnel) -> None:
+        try:
+            self._doors[row.id] = await self._open(row)
+            self._failures.pop(row.id, None)
+        except (HeyvmError, OSError) as error:
+            why = error.detail if isinstance(error, HeyvmError) else str(error)
+            if self._failures.get(row.id) != why:
+                say(f"{row.id}: {why}")
+            self._failures[row.id] = why
+
+    async def _open(self, row: Tunnel) -> _Door:
+        host, relay = self._settings.tunnel_host, self._settings.iroh_relay
+        served = await self._listen(row, host, relay)
+        try:
+            port = served.port(host)
+            if port != row.udp_port:
+                # Before anybody is told of it: a ticket has to be found there again.
+                await self._in_thread(self._registry.set_udp_port, row.id, port)
+        except BaseException:
+            await served.close(GONE)
+            raise
+        return _Door(row, served, port, self)
+
+    async def _listen(self, row: Tunnel, host: str, relay: str | None) -> tickets.Served:
+        """On the port of before, and no other: tickets that were given out name it."""
+        first, last = self._settings.tunnel_ports or (0, 0)
+        if row.udp_port is not None or not first:
+            return await tickets.Served.open(row.secret, host, row.udp_port or 0, relay)
+        taken = {door.port for door in self._doors.values()}
+        for port in range(first, last + 1):
+            with suppress(OSError):
+                if port not in taken:
+                    return await tickets.Served.open(row.secret, host, port, relay)
+        raise Unavailable(f"every UDP port of HEYVM_TUNNEL_PORTS ({first}-{last}) is taken")
+
+    async def _tell(self, name: str) -> dict[str, Any]:
+        door = self._doors.get(name)
+        if door is None and name in self._failures:
+            raise Unavailable(f"the ticket cannot be served: {self._failures[name]}")
+        if door is None:
+            raise NotFound(f"there is no tunnel {name[:64]!r} (any more)")
+        ticket = door.served.ticket(await self._in_thread(self._addresses), door.port)
+        host_key = ""
+        if door.row.kind == "shell":
+            from heyvm import ssh
+
+            host_key = ssh.public_line(await self._in_thread(self.host_key, door.row.sandbox_id))
+        return {"url": tickets.url_of(ticket), "host_key": host_key}
+
+    def _addresses(self) -> list[str]:
+        """Where this machine is reached; not by the sandboxes' own network, by loopback last."""
+        host = ipaddress.ip_address(self._settings.tunnel_host)
+        if not host.is_unspecified:
+            return [str(host)]
+        found = [
+            one
+            for one in origins.local_addresses()
+            if one.version == host.version
+            and not (one.is_loopback or one.is_link_local or one.is_multicast)
+            and one not in self._subnet
+        ]
+        return [*map(str, sorted(found, key=int)), tickets.LOOPBACKS[host.version]]
+
+    def host_key(self, sandbox_id: str) -> bytes:
+        """The seed of its SSH server's key: one for each sandbox, for ever."""
+        about = HOST_KEY + sandbox_id.encode()
+        return hmac.digest(self._registry.link_key(), about, hashlib.sha256)
+
+    def inside(self, sandbox_id: str) -> Inside:
+        return self._shells.inside(sandbox_id)
+
+    async def serve(self, row: Tunnel, stream: tickets.Stream) -> None:
+        """One stream of a client's."""
+        try:
+            if row.kind == "tcp":
+                assert row.port is not None
+                sock = await self._in_thread(self._dial, row.sandbox_id, row.port)
+            else:
+                sock = await self._in_thread(self._be_server, row)
+        except (HeyvmError, OSError):
+            await stream.refuse()
+            return
+        await stream.carry(sock)
+
+    def _dial(self, sandbox_id: str, port: int) -> socket.socket:
+        return self.inside(sandbox_id).port(port)
+
+    def _be_server(self, row: Tunnel) -> socket.socket:
+        """The client's end of a connection to an SSH server, which runs in a thread."""
+        from heyvm import ssh
+
+        seed = self.host_key(row.sandbox_id)
+        ours, theirs = socket.socketpair()
+
+        def run() -> None:
+            with theirs, suppress(HeyvmError, OSError, EOFError):
+                ssh.serve(
+                    theirs,
+                    lambda: self.inside(row.sandbox_id),
+                    host_key=seed,
+                    authorized=row.ssh_public_keys,
+                )
+
+        threading.Thread(target=run, daemon=True).start()
+        return ours
+
+    async def _in_thread(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    async def retry(self) -> None:
+        """For ever: what could not be opened."""
+        while True:
+            await asyncio.sleep(RETRY_S)
+            if self._failures:
+                with suppress(HeyvmError):
+                    await self.sync()
+
+    async def close(self) -> None:
+        """Tell everybody."""
+        await asyncio.gather(*(door.close(KEEPER_GONE) for door in self._doors.values()))
+
+
+class _Door:
+    """A row's endpoint."""
+
+    def __init__(self, row: Tunnel, served: tickets.Served, port: int, tunnels: Tunnels) -> None:
+        self.row, self.served, self.port = row, served, port
+
+        async def stream(one: tickets.Stream) -> None:
+            await tunnels.serve(row, one)
+
+        self._task = asyncio.ensure_future(served.serve(stream, MAX_CONNECTIONS, MAX_STREAMS))
+
+    async def close(self, reason: bytes) -> None:
+        await self.served.close(reason)
+        self._task.cancel()
+
+
+def main() -> int:
+    """Serve until the keeper is gone."""
+    settings = from_env(os.environ)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if settings.log_json:
+        journal.begin_json("tunnels")
+    registry = Registry(settings.data_dir / "registry.db")
+    lifecycle = Lifecycle(registry, backends.build(settings), settings)
+    asyncio.run(_run(Tunnels(settings, registry, Shells(lifecycle, _nobody))))
+    # Threads of SSH connections may still wait for agents: nobody waits for them.
+    os._exit(0)
+
+
+def _nobody(_request: Mapping[str, Any]) -> Mapping[str, Any]:
+    raise Unavailable("tickets are made by the API")
+
+
+async def _run(tunnels: Tunnels) -> None:
+    loop = asyncio.get_running_loop()
+    over = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, over.set)
+    keeper = socket.socket(fileno=os.dup(QUESTIONS))
+    reader, writer = await asyncio.open_connection(sock=keeper)
+    tasks = [
+        asyncio.ensure_future(_answer(tunnels, reader, writer)),
+        asyncio.ensure_future(over.wait()),
+        asyncio.ensure_future(tunnels.retry()),
+    ]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    threading.Timer(ENDING_S, os._exit, (0,)).start()
+    await tunnels.close()
+
+
+async def _answer(
+    tunnels: Tunnels, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Until there is nobody who asks."""
+    with suppress(OSError):
+        while line := await reader.readline():
+            try:
+                answer = await tunnels.answer(json.loads(line))
+            except HeyvmError as error:
+                answer = {"error": control.told(error)}
+            except Exception as fault:  # noqa: BLE001 - the keeper must learn of every fault
+                say(f"a question failed: {type(fault).__name__}: {fault}")
+                answer = {"error": control.told(HeyvmError(f"tunnels: {type(fault).__name__}"))}
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+
+
+def say(text: str) -> None:
+    # Its stderr is the server's; where that is gone, there is nobody to tell.
+    with suppress(OSError):
+        print(f"heyvm tunnels: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
