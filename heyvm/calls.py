@@ -108,7 +108,9 @@ class Calls:
         try:
             self._talk.send(frames.header({"call": name, **fields}), CALL_TIMEOUT_S)
         except OSError as error:
-            raise failed("broken", f"the connection to the sandbox broke: {error}") from None
+            raise failed(
+                "broken", f"the connection to the sandbox's agent broke: {error}"
+            ) from None
         answer = self._talk.header(CALL_TIMEOUT_S)
         if "error" in answer:
             raise OSError(number(answer, "errno", 1, MAX_ERRNO), harmless(words(answer, "message")))

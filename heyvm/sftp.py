@@ -39,6 +39,8 @@ CODES = {
     errno.ENOSYS: UNSUPPORTED,
     errno.ENOTSUP: UNSUPPORTED,
 }
+# What OpenSSH's client shows as a bare "Failure", and who uses it can do something about.
+TELLING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO})
 HAS_SIZE, HAS_OWNER, HAS_MODE, HAS_TIMES, HAS_MORE = 1, 2, 4, 8, 1 << 31
 FLAGS = {4: os.O_APPEND, 8: os.O_CREAT, 16: os.O_TRUNC, 32: os.O_EXCL}
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
@@ -50,7 +52,7 @@ class Channel(Protocol):
     def recv(self, nbytes: int) -> bytes:
         """Some bytes; none at the end."""
 
-    def write(self, piece: bytes) -> None:
+    def write(self, piece: bytes, *, is_error: bool = False) -> None:
         """All of it, waiting for the client's window. `OSError` where the channel is closed."""
 
 
@@ -71,6 +73,8 @@ def serve(channel: Channel, calls: Calls) -> None:
     files = Files(calls)
     while (request := requests.next()) is not None:
         channel.write(files.answer(request))
+        for words in files.complaints():
+            channel.write(f"heyvm: {words}\n".encode(), is_error=True)
         if files.failed is not None:
             raise files.failed
 
@@ -144,6 +148,7 @@ class Files:
         self.failed: BackendFailed | None = None  # why there can be no further answers
         self._handles: dict[bytes, int] = {}
         self._last = 0
+        self._told: dict[int, bool] = {}  # of what is `TELLING`: that it was said aside
 
     def answer(self, request: bytes) -> bytes:
         """The whole packet."""
@@ -162,10 +167,18 @@ class Files:
         except Malformed:
             return status(BAD_MESSAGE)
         except OSError as error:
+            if error.errno in TELLING:
+                self._told.setdefault(error.errno, False)
             return refusal(error.errno or errno.EIO, error.strerror)
         except BackendFailed as error:
             self.failed = error
             return status(FAILURE, error.detail)
+
+    def complaints(self) -> list[str]:
+        """What is to be said beside the answers; everything once."""
+        new = [number for number, told in self._told.items() if not told]
+        self._told.update(dict.fromkeys(new, True))
+        return [os.strerror(number) for number in new]
 
     # -- files -----------------------------------------------------------------------------------
 
