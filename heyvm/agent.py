@@ -1213,10 +1213,10 @@ def call_operation(agent: Agent, connection: Connection, request: Fields) -> Non
     if agent.workers >= MAX_WORKERS // 2:
         raise Refused("failed", "too many SFTP sessions at once")
     fd, splitter = connection.fd, connection.splitter
-    raise_oom_score(fork_worker(agent, connection, lambda: agent_calls.serve(fd, splitter, plan)))
+    fork_worker(agent, connection, lambda: agent_calls.serve(fd, splitter, plan))
 
 
-def fork_worker(agent: Agent, connection: Connection, work: Callable[[], None]) -> int:
+def fork_worker(agent: Agent, connection: Connection, work: Callable[[], None]) -> None:
     """`work` owns the connection, and never returns."""
     pid = posix.fork()
     if pid == 0:
@@ -1229,7 +1229,6 @@ def fork_worker(agent: Agent, connection: Connection, work: Callable[[], None]) 
 
     agent.children[pid] = ended
     connection.close()
-    return pid
 
 
 def port_operation(agent: Agent, connection: Connection, request: Fields) -> None:

@@ -365,9 +365,10 @@ def name_of(path: bytes) -> bytes:
     fd = posix.open(path, posix.O_PATH | posix.O_CLOEXEC)
     try:
         name = posix.readlink(b"/proc/self/fd/%d" % fd)
+        links = posix.fstat(fd).st_nlink
     finally:
         posix.close(fd)
-    if not name.startswith(b"/"):
+    if not name.startswith(b"/") or not links:  # a pipe, say; or removed, and then it has no name
         raise OSError(errno.ENOENT, posix.strerror(errno.ENOENT))
     return name
 

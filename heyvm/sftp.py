@@ -203,18 +203,15 @@ class Files:
         self._handles[name] = handle
         return HANDLE, string(name)
 
-    def _handle(self, fields: Fields) -> int:
-        handle = self._handles.get(fields.string())
+    def _handle(self, fields: Fields, *, take: bool = False) -> int:
+        name = fields.string()
+        handle = self._handles.pop(name, None) if take else self._handles.get(name)
         if handle is None:
             raise OSError(errno.EBADF, "there is no such handle")
         return handle
 
     def close(self, fields: Fields) -> tuple[int, bytes]:
-        at = fields.at
-        handle = self._handle(fields)
-        fields.at = at
-        del self._handles[fields.string()]
-        self.calls.close_handle(handle)
+        self.calls.close_handle(self._handle(fields, take=True))
         return status(OK)
 
     def read(self, fields: Fields) -> tuple[int, bytes]:

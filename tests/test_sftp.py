@@ -291,6 +291,25 @@ def test_files_belong_to_the_images_user(boxes: Boxes) -> None:
         assert box.output("cat /proc/[0-9]*/status | grep -c ^Uid:.33") == "1\n"
 
 
+def test_neither_the_agent_nor_its_worker_can_be_looked_into(
+    inside: Callable[[], Inside], box: Box
+) -> None:
+    with contextlib.closing(inside().calls()) as calls:
+        worker = calls.readlink(b"/proc/self").decode()
+        owners = ("1", "self", f"self/task/{worker}")
+        closed = [f"{of}/{name}" for of in owners for name in ("mem", "environ", "auxv", "pagemap")]
+        for name in (*closed, "1/root/x", "1/cwd/x"):
+            for flags in (os.O_RDONLY, os.O_WRONLY):
+                with pytest.raises(PermissionError):
+                    calls.open(f"/proc/{name}".encode(), flags)
+        for name in ("fd", "root", "cwd"):
+            with pytest.raises(PermissionError):
+                calls.opendir(f"/proc/1/{name}".encode())
+        tried = box.run(f"head -c 1 /proc/{worker}/mem; ls /proc/{worker}/fd; :")
+
+    assert tried.output.count(b"Permission denied") == 2
+
+
 def test_a_sandbox_that_stops_is_told(boxes: Boxes, tmp_path: Path) -> None:
     box = boxes.start(working_directory="/tmp")
     inside = Inside(box.sandbox, Here(boxes))  # type: ignore[arg-type]
