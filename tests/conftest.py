@@ -16,7 +16,10 @@ from tests.server import run as run_in
 
 Record = dict[str, Any]
 
-TOGETHER = ("test_browser.py", "test_crash_ports.py", "test_faults_ports.py", "test_nginx.py")
+TOGETHER = (
+    *("test_browser.py", "test_crash_ports.py", "test_faults_ports.py", "test_nginx.py"),
+    "test_shell_stream.py",
+)
 RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 GLIBCS_OWN_SIGNALS = (32, 33)  # nptl/internal-signals.h; sigaction(3) refuses to touch them
 

@@ -24,6 +24,7 @@ from heyvm.errors import BackendFailed, NotFound
 from heyvm.shells import Inside
 from heyvm.streams import Ended, Output
 from heyvm.websocket import WebSocket, switching
+from tests.browser import Browser
 from tests.nginx import HOSTNAME, Nginx
 from tests.server import Server, wait_until
 from tests.ws import Client, Refused, Shell, connect, frame, handshake
@@ -582,6 +583,11 @@ def test_it_works_through_nginx(guarded: Server, box: str, tmp_path: Path) -> No
             with Shell(Client(nginx.connect(f"api.{HOSTNAME}"), request)) as shell:
                 shell.type("echo thr''ough\n")
                 shell.read_until(b"through")
+        with Browser(nginx) as browser:
+            browser.open(f"https://api.{HOSTNAME}/health")
+            script = PAGE.replace("/PATH", f"{path_of(box)}?token={token()}")
+            found = browser.call("Runtime.evaluate", expression=script, **WHOLE)
+        assert json.loads(found["result"]["value"]) == {"code": 1000, "exit": 3, "hello": True}
         origin = "Origin: https://evil.example"
         request = handshake(
             path_of(box), f"api.{HOSTNAME}:{nginx.https_port}", authorized(), origin
@@ -589,8 +595,35 @@ def test_it_works_through_nginx(guarded: Server, box: str, tmp_path: Path) -> No
         with pytest.raises(Refused) as refused:
             Client(nginx.connect(f"api.{HOSTNAME}"), request)
         assert refused.value.status == 403
-        wait_until(lambda: len(nginx.accesses()) == 3, "nginx has said so")
+        wait_until(lambda: len(nginx.accesses()) >= 5, "nginx has said so")
         assert "eyJ" not in nginx.log
+
+
+WHOLE = {"awaitPromise": True, "returnByValue": True}
+
+
+# What a page does with a shell; a promise of what came of it.
+PAGE = """new Promise(done => {
+  const ws = new WebSocket("wss://" + location.host + "/PATH");
+  ws.binaryType = "arraybuffer";
+  let output = "", exit = null;
+  const encode = text => new TextEncoder().encode(text);
+  ws.onopen = () => ws.send(JSON.stringify({type: "init"}));
+  ws.onmessage = event => {
+    if (typeof event.data === "string") {
+      const words = JSON.parse(event.data);
+      if (words.type === "ready")
+        ws.send(new Uint8Array([1, ...encode("echo he''llo; exit 3\\n")]));
+      if (words.type === "exit") exit = words.code;
+    } else {
+      const seq = Number(new DataView(event.data).getBigUint64(1));
+      output += new TextDecoder().decode(event.data.slice(9));
+      ws.send(JSON.stringify({type: "ack", seq}));
+    }
+  };
+  ws.onclose = event => done(JSON.stringify(
+    {code: event.code, exit, hello: output.includes("hello")}));
+})"""
 
 
 # -- time ------------------------------------------------------------------------------------------

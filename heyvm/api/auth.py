@@ -49,12 +49,12 @@ def move_token(environ: dict[str, Any]) -> None:
     environ["QUERY_STRING"] = ""
     if "RAW_URI" in environ:
         environ["RAW_URI"] = environ["RAW_URI"].partition("?")[0]
-    given = {f"Bearer {one}" for one in tokens_in(query)}
     header = environ.get("HTTP_AUTHORIZATION")
-    if len(given | ({header} - {None})) > 1:
+    given = set(tokens_in(query))
+    if len(given | ({header.strip().partition(" ")[2].strip()} if header else set())) > 1:
         raise BadRequest("more than one token: say it in Authorization or as ?token=")
     if given and header is None:
-        environ["HTTP_AUTHORIZATION"] = given.pop()
+        environ["HTTP_AUTHORIZATION"] = f"Bearer {given.pop()}"
 
 
 def tokens_in(query: str) -> list[str]:

@@ -1,5 +1,5 @@
 """A shell in a sandbox over a WebSocket: one connection of one client, and what they tell each
-other. docs/shell-stream.md has the protocol.
+other. docs/api-guide.md has the protocol.
 
 The terminal itself lives in the sandbox's agent, and outlives this by `KEEP_S`.
 """
@@ -153,7 +153,7 @@ class ShellStream(MethodView):
     def get(self, ref: str) -> Response:
         """Open a shell over a WebSocket, or come back to one
 
-        docs/shell-stream.md has the protocol. A shell whose connection was lost waits a minute for
+        The guide has the protocol. A shell whose connection was lost waits a minute for
         its client, whichever worker that reaches next.
         """
         return Switch(shells().inside(ref))
