@@ -141,6 +141,7 @@ class Served:
         self._endpoint = endpoint
         self._relay = relay
         self._connections: set[Any] = set()
+        self._handshakes = 0
 
     @classmethod
     async def open(cls, secret: bytes, host: str, port: int, relay: str | None) -> Served:
@@ -197,13 +198,32 @@ class Served:
     ) -> None:
         """One connection: all that a hostile client can do is to end it."""
         with suppress(self._lib.IrohError, TimeoutError):
-            async with asyncio.timeout(HANDSHAKE_S):
-                connection = await (await incoming.accept()).connect()
+            if self._handshakes >= UNSURE_HANDSHAKES and not await incoming.remote_addr_validated():
+                await incoming.retry()
+                return
+            connection = await self._handshake(incoming)
             self._connections.add(connection)
+            lone = asyncio.ensure_future(self._forbid_lone_streams(connection))
             try:
                 await self._streams(connection, served, room)
             finally:
+                lone.cancel()
                 self._connections.discard(connection)
+
+    async def _handshake(self, incoming: Any) -> Any:
+        self._handshakes += 1
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                return await (await incoming.accept()).connect()
+        finally:
+            self._handshakes -= 1
+
+    async def _forbid_lone_streams(self, connection: Any) -> None:
+        """Nobody reads those of one direction: each would keep 1.2 MB of ours, a hundred for each
+        connection."""
+        with suppress(self._lib.IrohError):
+            await connection.accept_uni()
+            connection.close(1, b"streams go both ways here")
 
     async def _streams(
         self, connection: Any, served: Callable[[Stream], Awaitable[None]], room: asyncio.Semaphore
@@ -330,14 +350,17 @@ async def carry(send: Any, recv: Any, sock: socket.socket) -> None:
         asyncio.ensure_future(_to_stream(sock, send)),
         asyncio.ensure_future(_to_socket(recv, sock)),
     ]
+    is_whole = False
     try:
         done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
-        if any(way.exception() is not None for way in done):
-            await _reset(send, recv, sock)
+        is_whole = all(way.exception() is None for way in done)
     finally:
+        # First the ways: a write that waits for its reader would have the reset wait as well.
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
+        if not is_whole:
+            await _reset(send, recv, sock)
         sock.close()
 
 
