@@ -103,6 +103,16 @@ def _builder(lib: Any, relay: str | None) -> Any:
     return builder
 
 
+def _why_not(host: str, port: int) -> str | None:
+    """The kernel's reason, which iroh keeps for itself."""
+    with socket.socket(FAMILIES[ipaddress.ip_address(host).version], socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
 def _binds(host: str, port: int) -> list[str]:
     """Left alone, iroh would listen on all addresses of the other family: it gets loopback's."""
     other = 10 - ipaddress.ip_address(host).version
@@ -138,7 +148,7 @@ class Served:
 
     def __init__(self, lib: Any, endpoint: iroh.Endpoint, relay: str | None) -> None:
         self._lib = lib
-        self._endpoint = endpoint
+        self._endpoint: Any = endpoint
         self._relay = relay
         self._connections: set[Any] = set()
         self._handshakes = 0
@@ -156,7 +166,8 @@ class Served:
                 builder.bind_addr(address)
             endpoint = await builder.bind()
         except lib.IrohError as error:
-            raise OSError(f"UDP port {port} of {host} cannot be had: {_said(error)}") from None
+            why = _why_not(host, port) or _said(error)
+            raise OSError(f"UDP port {port} of {host} cannot be had: {why}") from None
         return cls(lib, endpoint, relay)
 
     def port(self, host: str) -> int:
@@ -181,7 +192,7 @@ class Served:
         tasks: set[asyncio.Task[None]] = set()
         room = asyncio.Semaphore(streams)
         try:
-            while (incoming := await self._endpoint.accept_next()) is not None:
+            while self._endpoint and (incoming := await self._endpoint.accept_next()):
                 if len(self._connections) >= connections or len(tasks) >= connections:
                     with suppress(self._lib.IrohError):
                         await incoming.refuse()
@@ -263,9 +274,12 @@ class Served:
         """Tell every client why, and listen no more."""
         for connection in list(self._connections):
             connection.close(1, reason)
-        with suppress(TimeoutError, self._lib.IrohError):
-            async with asyncio.timeout(CLOSE_S):
-                await self._endpoint.close()
+        # iroh lets go of the port with the last reference.
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            with suppress(TimeoutError, self._lib.IrohError):
+                async with asyncio.timeout(CLOSE_S):
+                    await endpoint.close()
 
 
 # -- dialling --------------------------------------------------------------------------------------
