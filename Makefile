@@ -68,7 +68,7 @@ test-packages:
 	@deploy/need --or-go-on --without-services curl:curl gcc:gcc nginx:nginx-light chromium:chromium openssl:openssl \
 		'/usr/include/*/sys/types.h':libc6-dev \
 		node:nodejs npm:npm docker-registry:docker-registry htpasswd:apache2-utils \
-		mmdebstrap:mmdebstrap iptables:iptables sysctl:procps mkfs.ext4:e2fsprogs \
+		ssh:openssh-client rsync:rsync mmdebstrap:mmdebstrap iptables:iptables sysctl:procps mkfs.ext4:e2fsprogs \
 		/var/lib/dpkg/info/busybox-static.list:busybox-static $$([ "$$(uname -m)" != x86_64 ] || echo /usr/include/x86_64-linux-gnu/gnu/stubs-x32.h:gcc-multilib)
 
 install: $(VENV)/.installed

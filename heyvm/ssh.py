@@ -118,8 +118,8 @@ class Desk(paramiko.ServerInterface):
     def begin(self, job: Callable[[], None]) -> None:
         thread = Job(lambda: self._do(job))
         with self._lock:
+            thread.start()
             self._jobs.add(thread)
-        thread.start()
 
     def _do(self, job: Callable[[], None]) -> None:
         try:
