@@ -13,14 +13,17 @@ import hmac
 import ipaddress
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from heyvm import backends, control, journal, origins, tickets
 from heyvm.errors import HeyvmError, NotFound, Unavailable
@@ -30,13 +33,21 @@ from heyvm.registry import Registry
 from heyvm.settings import Settings, from_env
 from heyvm.shells import Inside, Shells
 
+T = TypeVar("T")
+
 QUESTIONS = 0  # the descriptor
 MAX_CONNECTIONS = 64  # of one ticket
-MAX_STREAMS = 256  # of one connection
-MAX_THREADS = 64  # that wait for agents
+MAX_STREAMS = 256  # of one ticket
+MAX_STREAMS_OF_ALL = 1024
+FILES_OF_A_STREAM = 4  # a pair of sockets, and what SSH opens in the sandbox
+RESERVED_FILES = 256
+# That wait for agents; one sandbox's must not keep those of others from theirs.
+MAX_THREADS = 64
+MAX_THREADS_OF_A_SANDBOX = 8
 ENDING_S = 2.0
-RETRY_S = 2.0
-TRIES = 50
+LOOK_S = 0.5
+# A client can have some hundred MB kept by not reading: of all processes, end this one.
+OOM_SCORE_ADJ = "500"
 HOST_KEY = b"ssh host key "
 GONE = b"the ticket has expired or was deleted"
 KEEPER_GONE = b"the server's keeper has ended: connect again in a moment"
@@ -53,6 +64,10 @@ class Tunnels:
         self._failures: dict[str, str] = {}
         self._turn = asyncio.Lock()
         self._threads = ThreadPoolExecutor(MAX_THREADS)
+        self._waiting: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(MAX_THREADS_OF_A_SANDBOX)
+        )
+        self._room = asyncio.Semaphore(streams_of_all())
         self._subnet = ipaddress.ip_network(settings.subnet)
 
     async def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,9 +81,9 @@ class Tunnels:
         raise Unavailable("the tunnels' process does not know this question")
 
     async def sync(self) -> None:
-        """Be what the rows say. What cannot be opened is tried again here, and by `retry`."""
+        """Be what the rows say. What cannot be opened is tried again here, and by `look`."""
         async with self._turn:
-            rows = {row.id: row for row in await self._in_thread(self._registry.tunnels)}
+            rows = {row.id: row for row in await asyncio.to_thread(self._registry.tunnels)}
             gone = [self._doors.pop(name) for name in self._doors.keys() - rows.keys()]
             await asyncio.gather(*(door.close(GONE) for door in gone))
             self._failures = {name: why for name, why in self._failures.items() if name in rows}
@@ -93,7 +108,7 @@ class Tunnels:
             port = served.port(host)
             if port != row.udp_port:
                 # Before anybody is told of it: a ticket has to be found there again.
-                await self._in_thread(self._registry.set_udp_port, row.id, port)
+                await asyncio.to_thread(self._registry.set_udp_port, row.id, port)
         except BaseException:
             await served.close(GONE)
             raise
@@ -117,12 +132,12 @@ class Tunnels:
             raise Unavailable(f"the ticket cannot be served: {self._failures[name]}")
         if door is None:
             raise NotFound(f"there is no tunnel {name[:64]!r} (any more)")
-        ticket = door.served.ticket(await self._in_thread(self._addresses), door.port)
+        ticket = door.served.ticket(await asyncio.to_thread(self._addresses), door.port)
         host_key = ""
         if door.row.kind == "shell":
             from heyvm import ssh
 
-            host_key = ssh.public_line(await self._in_thread(self.host_key, door.row.sandbox_id))
+            host_key = ssh.public_line(await asyncio.to_thread(self.host_key, door.row.sandbox_id))
         return {"url": tickets.url_of(ticket), "host_key": host_key}
 
     def _addresses(self) -> list[str]:
@@ -137,7 +152,8 @@ class Tunnels:
             and not (one.is_loopback or one.is_link_local or one.is_multicast)
             and one not in self._subnet
         ]
-        return [*map(str, sorted(found, key=int)), tickets.LOOPBACKS[host.version]]
+        outer = [str(one) for one in sorted(found, key=int)]
+        return [*outer[: tickets.ADDRESSES - 1], tickets.LOOPBACKS[host.version]]
 
     def host_key(self, sandbox_id: str) -> bytes:
         """The seed of its SSH server's key: one for each sandbox, for ever."""
@@ -149,19 +165,25 @@ class Tunnels:
 
     async def serve(self, row: Tunnel, stream: tickets.Stream) -> None:
         """One stream of a client's."""
-        try:
-            if row.kind == "tcp":
-                assert row.port is not None
-                sock = await self._in_thread(self._dial, row.sandbox_id, row.port)
-            else:
-                sock = await self._in_thread(self._be_server, row)
-        except (HeyvmError, OSError):
+        if self._room.locked():
             await stream.refuse()
             return
-        await stream.carry(sock)
+        async with self._room:
+            try:
+                sock = await self._far_end(row)
+            except (HeyvmError, OSError):
+                await stream.refuse()
+                return
+            await stream.carry(sock)
 
-    def _dial(self, sandbox_id: str, port: int) -> socket.socket:
-        return self.inside(sandbox_id).port(port)
+    async def _far_end(self, row: Tunnel) -> socket.socket:
+        if row.port is None:
+            return await self._in_thread(row, self._be_server)
+        return await self._in_thread(row, self._dial)
+
+    def _dial(self, row: Tunnel) -> socket.socket:
+        assert row.port is not None
+        return self.inside(row.sandbox_id).port(row.port)
 
     def _be_server(self, row: Tunnel) -> socket.socket:
         """The client's end of a connection to an SSH server, which runs in a thread."""
@@ -182,16 +204,22 @@ class Tunnels:
         threading.Thread(target=run, daemon=True).start()
         return ours
 
-    async def _in_thread(self, work: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+    async def _in_thread(self, row: Tunnel, work: Callable[[Tunnel], T]) -> T:
+        async with self._waiting[row.sandbox_id]:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, row)
 
-    async def retry(self) -> None:
-        """For ever: what could not be opened."""
+    async def look(self) -> None:
+        """For ever: try again what could not be opened, and end what has expired."""
         while True:
-            await asyncio.sleep(RETRY_S)
-            if self._failures:
+            await asyncio.sleep(LOOK_S)
+            if self._failures or self._has_expired():
                 with suppress(HeyvmError):
                     await self.sync()
+
+    def _has_expired(self) -> bool:
+        now = self._registry.clock.wall()
+        ends = (door.row.expires_at for door in self._doors.values())
+        return any(end is not None and end <= now for end in ends)
 
     async def close(self) -> None:
         """Tell everybody."""
@@ -214,10 +242,19 @@ class _Door:
         self._task.cancel()
 
 
+def streams_of_all() -> int:
+    """As many as there are descriptors for."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fit = (files - RESERVED_FILES) // FILES_OF_A_STREAM
+    return max(1, min(MAX_STREAMS_OF_ALL, fit))
+
+
 def main() -> int:
     """Serve until the keeper is gone."""
     settings = from_env(os.environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ)
     if settings.log_json:
         journal.begin_json("tunnels")
     registry = Registry(settings.data_dir / "registry.db")
@@ -240,7 +277,7 @@ async def _run(tunnels: Tunnels) -> None:
     tasks = [
         asyncio.ensure_future(_answer(tunnels, reader, writer)),
         asyncio.ensure_future(over.wait()),
-        asyncio.ensure_future(tunnels.retry()),
+        asyncio.ensure_future(tunnels.look()),
     ]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     threading.Timer(ENDING_S, os._exit, (0,)).start()
