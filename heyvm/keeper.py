@@ -50,7 +50,8 @@ ENDING_S = 2.0  # what a keeper may take to follow its server
 UPKEEP_S = 1.0  # so long may rules be gone that somebody has flushed
 CHORES_S = 10.0
 EXPIRY_S = 1.0
-TUNNELS_S = 15.0  # it has to start first
+TUNNELS_S = 14.0  # it has to start first; less than workers wait (app.py)
+BEAT_S = 10.0
 LONGEST_REST_S = 30.0
 AT_ONCE = 32
 FOLLOW_S = 5.0
@@ -76,7 +77,9 @@ class Tunnelling(Protocol):
 
     def is_needed_again(self) -> bool: ...
 
-    def end(self) -> None: ...
+    def is_running(self) -> bool: ...
+
+    def end_unless(self, is_needed: Callable[[], bool]) -> None: ...
 
 
 class NoPorts:
@@ -118,8 +121,9 @@ class Keeper:
             _Round(WAKE_S, self._wake),
             _Round(SAMPLE_S, self._sample),
             _Round(0.0, self._look_at_ports),
-            _Round(EXPIRY_S, self._registry.remove_expired_tunnels),
+            _Round(EXPIRY_S, self._expire_tunnels),
             _Round(0.0, self._look_at_tunnels),
+            _Round(BEAT_S, self._feel_tunnels),
             _Round(MEND_S, self._mend_sockets),
             _Round(MEND_S, self._remove_unmade),
             _Round(MEND_S, self._cut_removed),
@@ -236,6 +240,11 @@ class Keeper:
         self._sync_tunnels(self._registry.changes())
         return {"ok": True}
 
+    def _expire_tunnels(self) -> None:
+        # What this process writes does not count as a change.
+        if self._registry.remove_expired_tunnels():
+            self._tunnelled = None
+
     def _look_at_tunnels(self) -> None:
         if self._tunnels is None:
             return
@@ -243,13 +252,22 @@ class Keeper:
         if changes != self._tunnelled or self._tunnels.is_needed_again():
             self._works.begin("tunnels", partial(self._sync_tunnels, changes))
 
+    def _feel_tunnels(self) -> None:
+        """A process that hangs is found by asking it alone, and is killed then."""
+        if self._tunnels is not None and self._tunnels.is_running():
+            self._works.begin("tunnels", partial(self._sync_tunnels, self._registry.changes()))
+
     def _sync_tunnels(self, changes: int) -> None:
         assert self._tunnels is not None
-        if self._registry.tunnels():
-            self._tunnels.ask({"op": "sync"}, TUNNELS_S)
-        else:
-            self._tunnels.end()
-        self._tunnelled = changes
+        self._tunnelled = changes  # now: what expires meanwhile is another change
+        try:
+            if self._registry.tunnels():
+                self._tunnels.ask({"op": "sync"}, TUNNELS_S)
+            else:
+                self._tunnels.end_unless(lambda: bool(self._registry.tunnels()))
+        except BaseException:
+            self._tunnelled = None
+            raise
 
     def _look_at_ports(self) -> None:
         changes = self._registry.changes()
@@ -525,11 +543,11 @@ def _keep(settings: Settings, over: threading.Event) -> int:
         ports.sync()
     metrics.begin(settings.run_dir)
     journal.event("keeper.started")
-    tunnels = TunnelProcess(_environment(settings))
+    tunnels = TunnelProcess(_without_secrets(_environment(settings)))
     keeper = Keeper(lifecycle, say=_say, ports=ports, tunnels=tunnels)
     keeper.answer_at(control.Server(settings.run_dir, keeper.answers()))
     keeper.run(over)
-    tunnels.end()
+    tunnels.close()
     journal.event("keeper.stopped")
     return 0
 
@@ -559,10 +577,15 @@ def _environment(settings: Settings) -> Mapping[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in withheld}
     environment["HEYVM_DATA_DIR"] = str(settings.data_dir)
     environment["HEYVM_RUN_DIR"] = str(settings.run_dir)
+    environment["HEYVM_TUNNEL_HOST"] = settings.tunnel_host  # JWT_SECRET has a say in it
     # The package that this process runs, wherever it was found.
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return environment
+
+
+def _without_secrets(environment: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: value for name, value in environment.items() if name not in FOR_PRIVATE_PORTS}
 
 
 def _reaped(child: int | None) -> tuple[int | None, bool]:
