@@ -12,6 +12,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from heyvm.streams import Command, Ended, Terminal
 logger = logging.getLogger("heyvm")
 
 FAILED = 255  # what ssh itself exits with when it is not the command that failed
+GRACE_S = 0.5  # for what is under way when its connection has ended
 CHUNK_BYTES = 128 << 10
 MAX_ENV = 64
 MAX_ENV_BYTES = 128 << 10
@@ -59,7 +61,9 @@ def serve(
     stop: threading.Event | None = None,
 ) -> None:
     """Be the SSH server on `sock` until that connection is over, or `stop` is set, or the caller
-    closes `sock`. Every thread, connection and command of it has ended when this returns.
+    closes `sock`; the latter two take less than a second. Every thread, connection and command of
+    it has ended when this returns, but for what a silent agent keeps waiting for an answer: that
+    ends when its time is over, and opens nothing.
 
     `inside` is asked anew for each thing that is opened; its errors are told to the client. With
     `authorized`, lines as `parse_public_key` takes them (`Invalid`), whoever comes needs one of
@@ -129,12 +133,13 @@ class Desk(paramiko.ServerInterface):
                 self._jobs.discard(threading.current_thread())
 
     def finish(self, line: Line) -> None:
-        """Close what is open on a connection that has ended, and wait for its jobs."""
+        """Close what is open on a connection that has ended, and wait for its jobs to notice."""
         line.close_all()
         with self._lock:
             jobs = list(self._jobs)
+        deadline = time.monotonic() + GRACE_S
         for job in jobs:
-            job.join()
+            job.join(max(0.0, deadline - time.monotonic()))
 
     # -- channels --------------------------------------------------------------------------------
 
@@ -362,7 +367,15 @@ class Session:
             self.channel.send_exit_status(piece.exit_code & 0xFF)
         except HeyvmError as error:
             if not self.channel.closed:
-                self._fail(error.detail)
+                self._fail(self._why(error))
+
+    def _why(self, error: HeyvmError) -> str:
+        """What has become of the sandbox says more than what has become of a connection."""
+        try:
+            self.desk.inside()
+        except HeyvmError as now:
+            return now.detail
+        return error.detail
 
     def _serve_files(self) -> None:
         with closing(self.desk.inside().calls()) as calls:

@@ -499,6 +499,7 @@ class Line(Transport):
         self._live.pop(chanid, None)
 
     def close_all(self) -> None:
-        """Close what is open after the end, and what was being opened when it came."""
+        """Close what is open after the end. What is still being opened is closed by `admit`."""
         for channel in list(self._live.values()):
-            channel._unlink()
+            if channel.active:
+                channel._unlink()

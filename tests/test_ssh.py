@@ -37,6 +37,7 @@ from paramiko.message import Message
 
 from heyvm import ssh, sshwire
 from heyvm.errors import Conflict, Invalid
+from heyvm.models import Status
 from heyvm.shells import Inside
 from heyvm.sshkeys import parse_public_key
 from tests.boxes import Box, Boxes
@@ -763,6 +764,46 @@ def test_to_stop_cuts_everything_within_a_second(inside: Callable[[], Inside], b
 
     assert not strays()
     wait_until(lambda: box.run("pgrep -xf 'sleep 4713'").exit_code == 1, "the commands have ended")
+
+
+def test_an_agent_that_does_not_answer_holds_up_no_end(inside: Callable[[], Inside]) -> None:
+    asked, gate = threading.Event(), threading.Event()
+
+    def slow() -> Inside:
+        asked.set()
+        gate.wait(TIMEOUT_S)
+        return inside()
+
+    door = Door(slow)
+    with door.start("-tt"), door.start("-W", "localhost:1"):
+        assert asked.wait(TIMEOUT_S)
+        assert door.close() < 1.0
+    gate.set()
+    wait_until(lambda: not strays(), "what waited has ended")
+
+
+def test_a_sandbox_that_stops_is_told_of(inside: Callable[[], Inside], boxes: Boxes) -> None:
+    other = boxes.start()
+    other.output("mkdir -p /workspace")
+
+    def whatever_runs() -> Inside:
+        if other.sandbox.status is not Status.RUNNING:
+            raise Conflict("it is stopped: start it first")
+        return Inside(other.sandbox, Here(boxes))  # type: ignore[arg-type]
+
+    with (
+        Door(whatever_runs) as door,
+        door.start("HOST", "echo 1; sleep 100") as command,
+        door.start("-tt", "HOST", "echo 1; sleep 100") as terminal,
+    ):
+        assert all(one.stdout.read(1) == b"1" for one in (command, terminal) if one.stdout)
+        other.change(status=Status.STOPPED)
+        other.stop()
+        told = [one.communicate(timeout=TIMEOUT_S)[1] for one in (command, terminal)]
+
+    assert told[0] == b"heyvm: it is stopped: start it first\n"
+    assert told[1].startswith(b"heyvm: it is stopped: start it first\r\n")
+    assert command.returncode == terminal.returncode == 255
 
 
 def test_a_caller_that_closes_the_socket_ends_the_connection(
