@@ -29,8 +29,9 @@ URL_VARIABLE = "HEYVM_CONNECTION_URL"
 LOCAL_HOST = "127.0.0.1"
 FAILED = 255  # as ssh: it is not the command that has failed
 SIGNALLED = 128
-DIAL_S = 12.0
+DIAL_S = 10.0
 CLOSE_S = 1.0
+RETRY_S = 0.1
 LONGEST_URL = 16 * 1024
 PIECE_BYTES = 256 * 1024
 BACKLOG = 128
@@ -269,12 +270,8 @@ def _ports(options: argparse.Namespace) -> int:
     if not target.is_sandbox and remote is not None:
         raise Invalid("the ticket says which port inside: -p LOCAL")
     with _listener(options.host, local) as listener:
-        try:
-            with _ended_by_signals():
-                asyncio.run(Ports(target, listener).run())
-        except Signalled as signalled:
-            return SIGNALLED + signalled.number
-    return 0
+        # No asyncio.run: what is still carried at the end ends with the process.
+        return asyncio.new_event_loop().run_until_complete(Ports(target, listener).run())
 
 
 def _port_pair(options: argparse.Namespace) -> tuple[int, int | None]:
@@ -299,6 +296,11 @@ def _listener(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _settle(future: asyncio.Future[int], number: int) -> None:
+    if not future.done():
+        future.set_result(number)
+
+
 class Ports:
     """A local port, each of whose connections is one stream."""
 
@@ -308,9 +310,25 @@ class Ports:
         self._dialling = asyncio.Lock()
         self._tasks = set[asyncio.Task[None]]()
 
-    async def run(self) -> None:
-        """Until it is cancelled. The first link is made before the port is named: a ticket that
-        leads nowhere is said at once."""
+    async def run(self) -> int:
+        """Until a signal comes; the exit code."""
+        # An exception out of a signal handler may end in one of iroh's callbacks, which drop it.
+        loop = asyncio.get_running_loop()
+        signalled: asyncio.Future[int] = loop.create_future()
+        for number in ENDING:
+            loop.add_signal_handler(number, _settle, signalled, number)
+        serving = loop.create_task(self._serve())
+        await asyncio.wait((serving, signalled), return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        if self._link is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._link.close(), CLOSE_S)
+        return SIGNALLED + signalled.result()
+
+    async def _serve(self) -> None:
+        """The first link is made before the port is named: a ticket that leads nowhere is said at
+        once."""
         await self._linked()
         host, port = self.listener.getsockname()[:2]
         name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -318,14 +336,18 @@ class Ports:
         say(f"{name} leads into the sandbox; Ctrl-C ends it")
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(self.listener)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                sock, _ = await loop.sock_accept(self.listener)
+            except OSError:  # no descriptor is left, or whoever connected is gone again
+                await asyncio.sleep(RETRY_S)
+                continue
             task = loop.create_task(self._carry(sock))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _carry(self, sock: socket.socket) -> None:
         try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link = await self._linked()
             await link.carry(sock)
         except HeyvmError as error:
