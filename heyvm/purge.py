@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 LAUNCHER_END_S = 2.0
 REGISTRY = "registry.db"
 # The directory may hold what is not ours, so that it is not removed as a whole.
-MADE = ("sandboxes", "images", "trash", "bundle", "host", "audit", "seccomp-*.bpf", f"{REGISTRY}*")
+MADE = (
+    *("sandboxes", "images", "trash", "bundle", "host", "audit", "seccomp-*.bpf", f"{REGISTRY}*"),
+    "tunnels.lock",
+)
 MADE_TO_RUN = (
     "agents",
     "visits",

@@ -8,25 +8,31 @@ ends, so has the keeper: every client is told, and this process ends too.
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import hashlib
 import hmac
 import ipaddress
 import json
 import os
+import random
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
+import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from heyvm import backends, control, journal, origins, tickets
-from heyvm.errors import HeyvmError, NotFound, Unavailable
+from heyvm.errors import HeyvmError, NotFound, StorageFull, Unavailable, Unsupported
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import Tunnel
 from heyvm.registry import Registry
@@ -44,6 +50,17 @@ RESERVED_FILES = 256
 # That wait for agents; one sandbox's must not keep those of others from theirs.
 MAX_THREADS = 64
 MAX_THREADS_OF_A_SANDBOX = 8
+MAX_SERVERS = 256  # SSH connections of all tickets: each has threads of its own
+TRIES = 50  # ports for one ticket
+# What the kernel gives to whoever sends datagrams begins above: a port from there could be in use
+# at the moment in which the next process wants it back.
+LOWEST_PORT = 20000
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOCK_NAME = "tunnels.lock"
+# struct flock of 64-bit Linux: type, whence, start, length, pid (fcntl(2)).
+FLOCK = struct.Struct("hhqqi4x")
+PREDECESSOR_S = 3.0  # longer than ENDING_S: who has not ended by then hangs
+POLL_S = 0.02
 ENDING_S = 2.0
 LOOK_S = 0.5
 # A client can have some hundred MB kept by not reading: of all processes, end this one.
@@ -61,12 +78,13 @@ class Tunnels:
         self._registry = registry
         self._shells = shells
         self._doors: dict[str, _Door] = {}
-        self._failures: dict[str, str] = {}
+        self._failures: dict[str, HeyvmError] = {}
         self._turn = asyncio.Lock()
         self._threads = ThreadPoolExecutor(MAX_THREADS)
         self._waiting: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(MAX_THREADS_OF_A_SANDBOX)
         )
+        self._servers = threading.BoundedSemaphore(MAX_SERVERS)
         self._room = asyncio.Semaphore(streams_of_all())
         self._subnet = ipaddress.ip_network(settings.subnet)
 
@@ -89,23 +107,22 @@ class Tunnels:
             self._failures = {name: why for name, why in self._failures.items() if name in rows}
             for row in rows.values():
                 if row.id not in self._doors:
-                    await self._try_open(row)
+                    await self._try_open(row, rows.values())
 
-    async def _try_open(self, row: Tunnel) -> None:
+    async def _try_open(self, row: Tunnel, rows: Iterable[Tunnel]) -> None:
         try:
-            self._doors[row.id] = await self._open(row)
+            self._doors[row.id] = await self._open(row, rows)
             self._failures.pop(row.id, None)
-        except (HeyvmError, OSError) as error:
-            why = error.detail if isinstance(error, HeyvmError) else str(error)
-            if self._failures.get(row.id) != why:
-                say(f"{row.id}: {why}")
-            self._failures[row.id] = why
+        except HeyvmError as error:
+            if str(self._failures.get(row.id)) != str(error):
+                say(f"{row.id}: {error.detail}")
+            self._failures[row.id] = error
 
-    async def _open(self, row: Tunnel) -> _Door:
-        host, relay = self._settings.tunnel_host, self._settings.iroh_relay
-        served = await self._listen(row, host, relay)
+    async def _open(self, row: Tunnel, rows: Iterable[Tunnel]) -> _Door:
+        taken = {one.udp_port for one in rows} | {door.port for door in self._doors.values()}
+        served = await self._listen(row, taken)
         try:
-            port = served.port(host)
+            port = served.port(self._settings.tunnel_host)
             if port != row.udp_port:
                 # Before anybody is told of it: a ticket has to be found there again.
                 await asyncio.to_thread(self._registry.set_udp_port, row.id, port)
@@ -114,22 +131,24 @@ class Tunnels:
             raise
         return _Door(row, served, port, self)
 
-    async def _listen(self, row: Tunnel, host: str, relay: str | None) -> tickets.Served:
+    async def _listen(self, row: Tunnel, taken: Collection[int | None]) -> tickets.Served:
         """On the port of before, and no other: tickets that were given out name it."""
-        first, last = self._settings.tunnel_ports or (0, 0)
-        if row.udp_port is not None or not first:
-            return await tickets.Served.open(row.secret, host, row.udp_port or 0, relay)
-        taken = {door.port for door in self._doors.values()}
-        for port in range(first, last + 1):
-            with suppress(OSError):
-                if port not in taken:
-                    return await tickets.Served.open(row.secret, host, port, relay)
-        raise Unavailable(f"every UDP port of HEYVM_TUNNEL_PORTS ({first}-{last}) is taken")
+        host, relay = self._settings.tunnel_host, self._settings.iroh_relay
+        why = "all are taken"
+        for port in _candidates(row, self._settings.tunnel_ports, taken):
+            try:
+                return await tickets.Served.open(row.secret, host, port, relay)
+            except OSError as error:
+                why = str(error)
+        if row.udp_port is None and self._settings.tunnel_ports:
+            first, last = self._settings.tunnel_ports
+            why = f"no UDP port of HEYVM_TUNNEL_PORTS ({first}-{last}) is free: {why}"
+        raise Unavailable(why)
 
     async def _tell(self, name: str) -> dict[str, Any]:
         door = self._doors.get(name)
         if door is None and name in self._failures:
-            raise Unavailable(f"the ticket cannot be served: {self._failures[name]}")
+            raise _refusal(self._failures[name])
         if door is None:
             raise NotFound(f"there is no tunnel {name[:64]!r} (any more)")
         ticket = door.served.ticket(await asyncio.to_thread(self._addresses), door.port)
@@ -190,18 +209,29 @@ class Tunnels:
         from heyvm import ssh
 
         seed = self.host_key(row.sandbox_id)
+        if not self._servers.acquire(blocking=False):
+            raise Unavailable(f"there are {MAX_SERVERS} SSH connections")
         ours, theirs = socket.socketpair()
 
         def run() -> None:
-            with theirs, suppress(HeyvmError, OSError, EOFError):
-                ssh.serve(
-                    theirs,
-                    lambda: self.inside(row.sandbox_id),
-                    host_key=seed,
-                    authorized=row.ssh_public_keys,
-                )
+            try:
+                with theirs, suppress(HeyvmError, OSError, EOFError):
+                    ssh.serve(
+                        theirs,
+                        lambda: self.inside(row.sandbox_id),
+                        host_key=seed,
+                        authorized=row.ssh_public_keys,
+                    )
+            finally:
+                self._servers.release()
 
-        threading.Thread(target=run, daemon=True).start()
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError as error:
+            self._servers.release()
+            ours.close()
+            theirs.close()
+            raise Unavailable(str(error)) from None
         return ours
 
     async def _in_thread(self, row: Tunnel, work: Callable[[Tunnel], T]) -> T:
@@ -255,13 +285,72 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ)
+    # Keys of tickets are in this memory, and shall not come into a file of it.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if settings.log_json:
         journal.begin_json("tunnels")
+    succeed(settings.data_dir)
     registry = Registry(settings.data_dir / "registry.db")
     lifecycle = Lifecycle(registry, backends.build(settings), settings)
     asyncio.run(_run(Tunnels(settings, registry, Shells(lifecycle, _nobody))))
     # Threads of SSH connections may still wait for agents: nobody waits for them.
     os._exit(0)
+
+
+def succeed(data_dir: Path) -> int:
+    """Wait until the process of the last keeper's, which has the UDP ports, is gone; one that hangs
+    is killed. The descriptor has the lock until this process ends."""
+    descriptor = os.open(data_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + PREDECESSOR_S
+    while not _try_lock(descriptor):
+        if time.monotonic() > deadline:
+            _kill_holder(descriptor)
+        time.sleep(POLL_S)
+    return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def _kill_holder(descriptor: int) -> None:
+    question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
+    if kind != fcntl.F_UNLCK and pid > 0:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _candidates(
+    row: Tunnel, given: tuple[int, int] | None, taken: Collection[int | None]
+) -> Sequence[int]:
+    """UDP ports to try for a ticket; 0 is any."""
+    if row.udp_port is not None:
+        return [row.udp_port]
+    first, last = given or (LOWEST_PORT, _lowest_ephemeral() - 1)
+    free = [port for port in range(first, last + 1) if port not in taken]
+    if given:
+        return free[:TRIES]
+    return [*random.sample(free, min(TRIES, len(free))), 0]
+
+
+def _lowest_ephemeral() -> int:
+    try:
+        return int(EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _refusal(why: HeyvmError) -> HeyvmError:
+    """For whoever asked for a ticket."""
+    kind = type(why) if isinstance(why, (StorageFull, Unsupported)) else Unavailable
+    return kind(f"the ticket cannot be served: {why.detail}")
 
 
 def _nobody(_request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -279,7 +368,9 @@ async def _run(tunnels: Tunnels) -> None:
         asyncio.ensure_future(over.wait()),
         asyncio.ensure_future(tunnels.look()),
     ]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for fault in filter(None, (task.exception() for task in done)):
+        say(f"it ends: {_where(fault)}")
     threading.Timer(ENDING_S, os._exit, (0,)).start()
     await tunnels.close()
 
@@ -295,10 +386,16 @@ async def _answer(
             except HeyvmError as error:
                 answer = {"error": control.told(error)}
             except Exception as fault:  # noqa: BLE001 - the keeper must learn of every fault
-                say(f"a question failed: {type(fault).__name__}: {fault}")
+                say(f"a question failed: {_where(fault)}")
                 answer = {"error": control.told(HeyvmError(f"tunnels: {type(fault).__name__}"))}
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
+
+
+def _where(fault: BaseException) -> str:
+    """Not what it says: that may be a key."""
+    frames = traceback.extract_tb(fault.__traceback__)[-3:]
+    return " < ".join([type(fault).__name__, *(f"{one.name}:{one.lineno}" for one in frames[::-1])])
 
 
 def say(text: str) -> None:
