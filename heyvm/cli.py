@@ -178,7 +178,7 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=CONNECT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_target(connect)
+    _add_target(connect, "a connection URL (heyo://...), or - for the first line of stdin")
     shell = connect.add_argument_group("shell")
     shell.add_argument("--shell", action="store_true", help="open a shell, or run COMMAND")
     shell.add_argument(
@@ -207,22 +207,21 @@ def _add_ssh_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     proxy = commands.add_parser(
         "ssh-proxy",
         help="reach a sandbox with ssh, as its ProxyCommand",
-        description="Carry stdin and stdout to a sandbox's SSH server:"
-        " ssh -o ProxyCommand='heyvm ssh-proxy TARGET' sandbox",
+        description="Carry stdin and stdout to a sandbox's SSH server:\n\n"
+        "  ssh -o ProxyCommand='heyvm ssh-proxy TARGET' sandbox",
         epilog=CONNECT_EPILOG.partition("\nThe exit code")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_target(proxy)
+    _add_target(proxy, "a connection URL (heyo://...)")
     proxy.set_defaults(command=proxy_to)
 
 
-def _add_target(parser: argparse.ArgumentParser) -> None:
+def _add_target(parser: argparse.ArgumentParser, url: str) -> None:
     parser.add_argument(
         "target",
         nargs="?",
         metavar="TARGET",
-        help="a connection URL (heyo://...), or - for the first line of stdin, or a sandbox's id or"
-        " slug, for which the API is asked",
+        help=f"{url}, or a sandbox's id or slug, for which the API is asked",
     )
     parser.add_argument("--api-url", metavar="URL", help="where the API is (default: $HEYVM_URL)")
     parser.add_argument("--token-file", metavar="FILE", help="a file with the token for the API")

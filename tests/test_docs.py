@@ -40,7 +40,10 @@ def shown(value: int | str | None) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-COMMANDS = ("keeper", "doctor", "images", "token", "backup", "restore", "purge")
+COMMANDS = (
+    *("keeper", "doctor", "connect", "ssh-proxy", "images", "token"),
+    *("backup", "restore", "purge"),
+)
 
 
 def help_text() -> str:
