@@ -26,14 +26,17 @@ from typing import Any
 import paramiko
 import pytest
 import requests
+from paramiko.auth_handler import AuthHandler
 from paramiko.common import (
     MSG_KEXINIT,
+    cMSG_CHANNEL_OPEN,
     cMSG_CHANNEL_REQUEST,
     cMSG_EXT_INFO,
     cMSG_KEXINIT,
     cMSG_USERAUTH_INFO_RESPONSE,
 )
 from paramiko.message import Message
+from paramiko.packet import Packetizer
 
 from heyvm import ssh, sshwire
 from heyvm.errors import Conflict, Invalid
@@ -690,6 +693,22 @@ def test_what_is_no_public_key_is_refused_in_words(wrong: str) -> None:
 # -- the connection --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "new"),
+    [
+        (sshwire.Line, paramiko.Transport, "_lowest_free _say_goodbye"),
+        (sshwire.Channel, paramiko.Channel, "_spend _message _say"),
+        (sshwire.Packets, Packetizer, ""),
+        (sshwire.Logins, AuthHandler, ""),
+    ],
+)
+def test_paramiko_has_what_is_overridden(ours: type, theirs: type, new: str) -> None:
+    """It is private there: another version may call it something else."""
+    names = {name for name in vars(ours) if name.startswith("_") and not name.endswith("__")}
+
+    assert [name for name in names - set(new.split()) if not hasattr(theirs, name)] == []
+
+
 def test_only_modern_algorithms_are_offered(shared: Door) -> None:
     with shared.connect() as sock:
         stream = sock.makefile("rb")
@@ -947,6 +966,17 @@ def can_open(client: paramiko.Transport) -> bool:
     except paramiko.ChannelException:
         return False
     return True
+
+
+def test_a_flood_of_ports_has_a_limit_and_leaves_nothing(door: Door) -> None:
+    with door.client() as client:
+        most = 0
+        for number in range(600):
+            place = (b"localhost", 1, b"", 0)
+            raw(client, cMSG_CHANNEL_OPEN, b"direct-tcpip", number, 1 << 20, 1 << 15, *place)
+            most = max(most, len(strays()))
+        wait_until(lambda: can_open(client), "there is room again")
+        assert most <= 2 * sshwire.MAX_CHANNELS
 
 
 def test_channels_that_come_and_go_leave_nothing(door: Door) -> None:
