@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.server import Server, Session
+from tests.server import REPOSITORY, Server, Session
 from tests.ws import OUTPUT, Shell
 
 ROUNDS = 3
@@ -30,6 +31,7 @@ KEYS = 500
 PAUSE_S = 0.002  # between two keys: a person, not a flood
 OUTPUT_BYTES = 100_000_000
 TOGETHER = 100
+TICKETS = 4
 KEYS_EACH = 20
 ECHO = "stty raw -echo; echo go; exec cat"
 # Lines of nine digits: what is missing, comes twice or in the wrong place is seen.
@@ -125,9 +127,12 @@ class Bare:
     """A pty of the host, with nothing between."""
 
     def __init__(self, command: str) -> None:
+        self._begin(["/bin/sh", "-c", command], {})
+
+    def _begin(self, argv: list[str], more: dict[str, str]) -> None:
         self._pid, self._fd = pty.fork()
         if not self._pid:
-            os.execv("/bin/sh", ["/bin/sh", "-c", command])
+            os.execve(argv[0], argv, {**os.environ, **more})
 
     def type(self, keys: bytes) -> None:
         os.write(self._fd, keys)
@@ -144,6 +149,14 @@ class Bare:
         os.kill(self._pid, signal.SIGKILL)
         os.close(self._fd)
         os.waitpid(self._pid, 0)
+
+
+class Connected(Bare):
+    """`heyvm connect` in a pty of its own, as a user has it."""
+
+    def __init__(self, url: str, command: str) -> None:
+        argv = [sys.executable, "-m", "heyvm.cli", "connect", "--shell", "-t", "--", command]
+        self._begin(argv, {"HEYVM_CONNECTION_URL": url, "PYTHONPATH": str(REPOSITORY)})
 
 
 class Stream:
@@ -192,7 +205,16 @@ def websocket(http: Session, server: Server) -> Iterator[Way]:
     yield Way("WebSocket", lambda command: Stream(server, ref, command), most_ms=3.0)
 
 
-WAYS = {"websocket": websocket}
+@contextmanager
+def tunnel(http: Session, server: Server) -> Iterator[Way]:
+    """A ticket takes fewer clients at once than there are sessions here: a few share them."""
+    ref = http.post("/sandboxes", json={"network": "none"}).json()["id"]
+    made = [http.post(f"/sandboxes/{ref}/shell-session").json() for _ in range(TICKETS)]
+    urls = cycle([one["connection_url"] for one in made])
+    yield Way("tunnel", lambda command: Connected(next(urls), command), most_ms=10.0)
+
+
+WAYS = {"websocket": websocket, "tunnel": tunnel}
 
 
 def together(way: Way) -> list[float]:
