@@ -71,14 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def be_client(words: Sequence[str]) -> NoReturn:
     """`heyvm connect`, `heyvm ssh-proxy`. Nothing that a server is made of is loaded: until the
     terminal is raw, what is typed is echoed twice."""
+    fill_descriptors()
     try:
         options, command = parse_client(words)
         code = command(options)
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1
     # Threads are under way, some of them in no Python: nothing may be taken apart around them.
     os._exit(code)
+
+
+def fill_descriptors() -> None:
+    """Whoever closed stdin, stdout or stderr shall not find a connection in its place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
 
 
 def parse_client(
@@ -200,7 +209,7 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="ADDRESS",
         help="address to listen on (default: 127.0.0.1)",
     )
-    connect.set_defaults(command=connect_to)
+    connect.set_defaults(command=connect_to, words=[])
 
 
 def _add_ssh_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

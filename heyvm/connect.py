@@ -32,6 +32,7 @@ SIGNALLED = 128
 DIAL_S = 10.0
 CLOSE_S = 1.0
 RETRY_S = 0.1
+LOOK_S = 0.1
 LONGEST_URL = 16 * 1024
 PIECE_BYTES = 256 * 1024
 BACKLOG = 128
@@ -212,21 +213,42 @@ def _proxy(options: argparse.Namespace) -> int:
 
 def _copy_both(tunnel: Tunnel) -> int:
     sock = tunnel.stream()
-    threading.Thread(target=_copy_in, args=(sock,), daemon=True).start()
-    with suppress(OSError):  # reset, or nobody reads stdout any more: the end in any case
-        while data := sock.recv(PIECE_BYTES):
+    all_sent = threading.Event()
+    threading.Thread(target=_copy_in, args=(sock, all_sent), daemon=True).start()
+    try:
+        while data := _received(sock):
             _write(1, data)
+    except OSError:  # nobody reads stdout any more
+        return FAILED
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _wait_for_end(sock, all_sent, tunnel)
     if why := tunnel.why():
         say(f"the connection is closed: {why}")
         return FAILED
     return 0
 
 
-def _copy_in(sock: socket.socket) -> None:
+def _received(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(PIECE_BYTES)
+    except OSError:  # reset
+        return b""
+
+
+def _wait_for_end(sock: socket.socket, all_sent: threading.Event, tunnel: Tunnel) -> None:
+    """Nothing more comes; what is read from stdin still goes, while somebody may take it."""
+    taken = select.poll()
+    taken.register(sock, 0)  # POLLHUP comes unasked
+    while not all_sent.wait(LOOK_S) and not taken.poll(0) and not tunnel.why():
+        pass
+
+
+def _copy_in(sock: socket.socket, all_sent: threading.Event) -> None:
     with suppress(OSError):
         while data := os.read(0, PIECE_BYTES):
             sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
+    all_sent.set()
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -254,6 +254,15 @@ def test_who_reads_no_more_ends_the_command(place: Place) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (141, b"y\n", b"")
 
 
+def test_descriptors_that_are_closed_are_no_way_in(place: Place) -> None:
+    line = shlex.join([*HEYVM, "connect", "--shell", "--", "cat; echo out; exit 3"])
+    options: dict[str, Any] = {"env": place.environ(), "capture_output": True}
+    done = subprocess.run(f"{line} <&-", shell=True, timeout=TIMEOUT_S, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"out\n", b"")
+    done = subprocess.run(f"{line} </dev/null >&-", shell=True, timeout=TIMEOUT_S, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"", b"")
+
+
 # -- what is no way in ----------------------------------------------------------------------------
 
 
@@ -355,6 +364,22 @@ def test_a_ticket_that_is_deleted_ends_its_shell_at_once(place: Place) -> None:
         assert seat.exit_code() == 255
         assert time.monotonic() - began < 5
         assert b"expired or was deleted" in seat.shown.splitlines()[-1]
+
+
+def test_a_ticket_that_is_deleted_ends_ssh_proxy(place: Place) -> None:
+    session = place.session()
+    with subprocess.Popen(
+        [*HEYVM, "ssh-proxy", session["connection_url"]],
+        env=place.environ(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as proxy:
+        assert proxy.stdout is not None and proxy.stderr is not None
+        assert proxy.stdout.readline().startswith(b"SSH-2.0-")
+        place.http.delete(f"/sandboxes/{place.ref}/shell-session/{session['session_id']}")
+        assert proxy.wait(5) == 255
+        assert b"expired or was deleted" in proxy.stderr.read()
 
 
 def test_a_keeper_that_is_killed_is_told_and_its_tickets_work_again(place: Place) -> None:
