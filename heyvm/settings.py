@@ -48,7 +48,7 @@ KNOWN = (
     Setting("HEYVM_RUN_DIR", "/run/heyvm, or $XDG_RUNTIME_DIR/heyvm", "sockets and locks"),
     Setting("HEYVM_PORTS_DIR", "`ports` in HEYVM_RUN_DIR", "where nginx finds endpoints' sockets"),
     Setting("HEYVM_PORTS_GROUP", "", "the group that may use them: that of nginx (`www-data`)"),
-    Setting("HEYVM_TUNNEL_HOST", "what the API listens on", "the address of tickets' UDP ports"),
+    Setting("HEYVM_TUNNEL_HOST", "the API's, or 127.0.0.1", "the IP address of tickets' UDP ports"),
     Setting("HEYVM_TUNNEL_PORTS", "any", "`first-last`: tickets' UDP ports, for a firewall"),
     Setting("HEYO_IROH_RELAY_URL", "", "an iroh relay of your own, for clients without a way here"),
     Setting("HEYVM_LOG", "text", "json: each request and event as a line of JSON on stderr"),
@@ -237,11 +237,16 @@ def _directory(environ: Mapping[str, str], name: str) -> Path | None:
 
 
 def _tunnel_host(environ: Mapping[str, str]) -> str:
-    """Where the API listens, as far as it says so: a socket that systemd hands over does not."""
+    """Where the API listens, as far as it says so: a socket that systemd hands over does not.
+
+    Where the API answers this machine alone, so do tickets: whoever reaches one's UDP port can get
+    in without the ticket (docs/operating.md).
+    """
     name = "HEYVM_TUNNEL_HOST"
     given = environ.get(name, "").strip().strip("[]")
     host = given or environ.get("HEYVM_HOST", "").strip().strip("[]") or "0.0.0.0"
-    if host == "localhost":
+    is_for_all = bool(environ.get("JWT_SECRET")) or _flag(environ, "HEYVM_ALLOW_OPEN")
+    if host == "localhost" or not (given or is_for_all):
         return "127.0.0.1"
     try:
         return str(ipaddress.ip_address(host))
