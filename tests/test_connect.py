@@ -36,6 +36,7 @@ from tests.server import (
 
 pytestmark = pytest.mark.root
 
+SECRET = "a secret of at least thirty-two bytes"
 HEYVM = [sys.executable, "-m", "heyvm.cli"]
 BLOB = os.urandom(1_000_001)
 # Says how much it has got when that has ended.
@@ -67,7 +68,12 @@ class Place:
             name: value for name, value in os.environ.items() if not name.startswith(OWN_SETTINGS)
         }
         own = {"PYTHONPATH": str(REPOSITORY), "TERM": "vt220", "HEYVM_CONNECTION_URL": self.url}
-        return {**kept, **own, "HEYVM_URL": self.server.url, **more}
+        own |= {"HEYVM_URL": self.server.url, "HEYVM_API_KEY": self.token}
+        return {**kept, **own, **more}
+
+    @property
+    def token(self) -> str:
+        return self.server.authorization()["Authorization"].removeprefix("Bearer ")
 
     def seat(self, *words: str, **options: Any) -> Seat:
         return Seat([*HEYVM, "connect", "--shell", *words], self.environ(), **options)
@@ -84,8 +90,8 @@ class Place:
     def shell(self, *words: str, stdin: bytes = b"") -> Any:
         return self.heyvm("connect", "--shell", *words, stdin=stdin)
 
-    def session(self) -> dict[str, Any]:
-        answer = self.http.post(f"/sandboxes/{self.ref}/shell-session")
+    def session(self, **fields: Any) -> dict[str, Any]:
+        answer = self.http.post(f"/sandboxes/{self.ref}/shell-session", json=fields)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
@@ -125,7 +131,8 @@ class Port:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    with Server() as server, server.http() as http:
+    with Server(JWT_SECRET=SECRET) as server, server.http() as http:
+        http.headers.update(server.authorization())
         ref = create(http, network="none")["id"]
         place = Place(server, http, ref, "")
         place.url = place.session()["connection_url"]
@@ -319,6 +326,9 @@ def test_an_api_that_says_no_is_quoted(place: Place) -> None:
     cases = [
         (place.shell("no-such"), "no-such"),
         (place.shell("no-such", "--api-url", closed), f"no API answers at {closed}"),
+        (place.heyvm("ssh-proxy", place.ref, HEYVM_API_KEY=""), "asks for a token"),
+        (place.heyvm("ssh-proxy", place.ref, HEYVM_API_KEY="wrong"), "does not take this token"),
+        (place.heyvm("ssh-proxy", place.ref, "--token-file", "/none"), "/none"),
         (place.heyvm("connect", place.ref), "say which port inside"),
         (place.heyvm("connect", "-p", "0:7000"), "the ticket says which port"),
         (place.heyvm("connect", "--shell", HEYVM_CONNECTION_URL=""), "say what to connect to"),
@@ -326,6 +336,20 @@ def test_an_api_that_says_no_is_quoted(place: Place) -> None:
 
     for done, text in cases:
         assert_told(done, text)
+
+
+def test_a_session_for_a_key_takes_that_key_alone(place: Place, tmp_path: Path) -> None:
+    for name in ("right", "wrong"):
+        make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
+        subprocess.run(make, check=True)
+    public = (tmp_path / "right.pub").read_text().strip()
+    words = ("connect", place.session(ssh_public_keys=[public])["connection_url"], "--shell")
+    alone = {"HOME": str(tmp_path), "SSH_AUTH_SOCK": ""}
+
+    assert_told(place.heyvm(*words, **alone), "-i FILE")
+    assert_told(place.heyvm(*words, "-i", str(tmp_path / "wrong"), **alone), "does not know")
+    done = place.heyvm(*words, "-i", str(tmp_path / "right"), stdin=b"echo in", **alone)
+    assert (done.returncode, done.stdout) == (0, b"in\n")
 
 
 # -- a port ---------------------------------------------------------------------------------------
