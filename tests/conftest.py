@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 TOGETHER = (
     *("test_browser.py", "test_crash_ports.py", "test_faults_ports.py", "test_nginx.py"),
-    "test_shell_stream.py",
+    *("test_connect.py", "test_shell_stream.py"),
 )
 RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 GLIBCS_OWN_SIGNALS = (32, 33)  # nptl/internal-signals.h; sigaction(3) refuses to touch them
