@@ -426,3 +426,47 @@ def test_noise_and_other_protocols_disturb_nobody() -> None:
                 assert await asyncio.to_thread(far.recv, 10) == b"still here"
 
     through(work)
+
+
+def test_handshakes_that_never_end_keep_nobody_out() -> None:
+    async def work() -> None:
+        async with place(connections=16) as there:
+            hellos = await first_datagrams(there, 24)
+            with contextlib.ExitStack() as stack:
+                senders = [stack.enter_context(udp()) for _ in hellos]
+                for sender, hello in zip(senders, hellos, strict=True):
+                    sender.sendto(hello, (HOST, there.port))
+                begun = time.monotonic()
+                async with stream(there) as (near, far):
+                    near.sendall(b"in")
+                    assert await asyncio.to_thread(far.recv, 2) == b"in"
+                assert time.monotonic() - begun < 5 * PATIENCE
+                # The others were told to prove where they are (RFC 9000 section 8.1.2: a Retry).
+                answers = [await asyncio.to_thread(sender.recv, 2000) for sender in senders]
+                retries = [one for one in answers if one[0] >> 4 & 3 == 3]
+                assert len(hellos) - tickets.UNSURE_HANDSHAKES <= len(retries) < len(hellos)
+
+    through(work)
+
+
+async def first_datagrams(place: Place, count: int) -> list[bytes]:
+    """What so many clients send first, none of whom is answered."""
+    with udp() as silent:
+        silent.bind((HOST, 0))
+        url = tickets.url_of(place.served.ticket([HOST], silent.getsockname()[1]))
+        dials = [tickets.dial(url, 0.2) for _ in range(count)]
+        await asyncio.gather(*dials, return_exceptions=True)
+        silent.settimeout(0)
+        found: dict[Any, bytes] = {}
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                hello, client = silent.recvfrom(2000)
+                found.setdefault(client, hello)
+    assert len(found) > 3 * count // 4
+    return list(found.values())
+
+
+def udp() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(5)
+    return sock
