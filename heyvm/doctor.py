@@ -95,6 +95,7 @@ def every_check(settings: Settings, machine: Machine) -> Iterator[Check]:
     yield apparmor(machine)
     yield idmapped_mounts(machine)
     yield image_tools()
+    yield tickets(settings)
     yield run_directory(settings)
     yield data_directory(settings, machine)
     yield space(settings)
@@ -266,6 +267,15 @@ def disks(why_not: str | None) -> Check:
     if why_not is not None:
         return Check(WARN, "disk limits", f"none, disk_size_gb is refused: {why_not}")
     return Check(OK, "disk limits", "a file system of its own for a sandbox with disk_size_gb")
+
+
+def tickets(settings: Settings) -> Check:
+    """What shell sessions and TCP tunnels need beside a sandbox."""
+    from heyvm.tickets import is_there
+
+    if not is_there():
+        return Check(WARN, "tickets", "iroh cannot be imported: no shell sessions, no TCP tunnels")
+    return Check(OK, "tickets", f"iroh, UDP at {settings.tunnel_host} (HEYVM_TUNNEL_HOST)")
 
 
 def run_directory(settings: Settings) -> Check:

@@ -680,7 +680,8 @@ class Registry:
         self, sandboxes: frozenset[str], images: frozenset[str], made_at: float
     ) -> Sequence[str]:
         """Make of a copy of `made_at` the registry of a server that has stopped: nothing runs, and
-        what is not among `sandboxes` (ids) and `images` (digests) is gone. The slugs of those."""
+        what is not among `sandboxes` (ids) and `images` (digests) is gone, and every ticket. The
+        slugs of those sandboxes."""
         at = self._times() | {"made_at": made_at, "made": rfc3339(made_at)}
 
         def work(connection: sqlite3.Connection) -> Sequence[str]:
@@ -696,6 +697,8 @@ class Registry:
                 connection.execute(_LOST, at | {"id": sandbox_id})
                 self._end_endpoints(connection, sandbox_id)
             connection.execute(_STILL, at)
+            # One that was revoked since would be a way in again, and nobody would know.
+            connection.execute("DELETE FROM tunnels")
             connection.execute("DELETE FROM meta WHERE key = 'run-dir'")
             _forget_images(connection, images)
             return [slug for _, slug in goners]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,13 @@ def test_a_run_directory_whose_sockets_would_not_fit(tmp_path: Path) -> None:
 
     assert check.level == FAIL
     assert "HEYVM_RUN_DIR" in check.cure
+
+
+def test_tickets_need_iroh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(data_dir=tmp_path, run_dir=tmp_path, tunnel_host="192.0.2.7")
+    with_it = doctor.tickets(settings)
+    monkeypatch.setitem(sys.modules, "iroh", None)
+    without = doctor.tickets(settings)
+
+    assert (with_it.level, without.level) == (OK, WARN)
+    assert "192.0.2.7" in with_it.what

@@ -574,6 +574,22 @@ def test_a_keeper_that_ends_waits_for_no_answer(data_dir: Path) -> None:
             tunnels.ask({"op": "sync"}, 1)
 
 
+def test_a_restore_forgets_every_ticket(server: Server, http: Session, ref: str) -> None:
+    tunnel(http, ref)
+    with tempfile.TemporaryDirectory() as name:
+        there = Registry(server.data_dir / "registry.db")
+        there.snapshot(Path(name) / "registry.db")
+        there.close()
+        copy = Registry(Path(name) / "registry.db")
+        ids = frozenset(copy.known_ids())
+        assert copy.tunnels()
+
+        copy.settle_restored(ids, frozenset(), time.time())
+
+        assert (copy.tunnels(), copy.known_ids()) == ([], ids)
+        copy.close()
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
