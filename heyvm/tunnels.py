@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from heyvm import backends, control, journal, origins, tickets
+from heyvm.backends import seccomp
 from heyvm.errors import HeyvmError, NotFound, StorageFull, Unavailable, Unsupported
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import Tunnel
@@ -48,7 +49,7 @@ MAX_STREAMS_OF_ALL = 1024
 FILES_OF_A_STREAM = 4  # a pair of sockets, and what SSH opens in the sandbox
 RESERVED_FILES = 256
 # That wait for agents; one sandbox's must not keep those of others from theirs.
-MAX_THREADS = 64
+MAX_THREADS = 256
 MAX_THREADS_OF_A_SANDBOX = 8
 MAX_SERVERS = 256  # SSH connections of all tickets: each has threads of its own
 TRIES = 50  # ports for one ticket
@@ -84,8 +85,8 @@ class Tunnels:
         self._waiting: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(MAX_THREADS_OF_A_SANDBOX)
         )
-        self._servers = threading.BoundedSemaphore(MAX_SERVERS)
-        self._room = asyncio.Semaphore(streams_of_all())
+        self._servers = Shares(MAX_SERVERS)
+        self._streams = Shares(streams_of_all())
         self._subnet = ipaddress.ip_network(settings.subnet)
 
     async def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,16 +185,17 @@ class Tunnels:
 
     async def serve(self, row: Tunnel, stream: tickets.Stream) -> None:
         """One stream of a client's."""
-        if self._room.locked():
+        if not self._streams.take(row.sandbox_id):
             await stream.refuse()
             return
-        async with self._room:
-            try:
-                sock = await self._far_end(row)
-            except (HeyvmError, OSError):
-                await stream.refuse()
-                return
+        try:
+            sock = await self._far_end(row)
+        except (HeyvmError, OSError):
+            await stream.refuse()
+        else:
             await stream.carry(sock)
+        finally:
+            self._streams.give_back(row.sandbox_id)
 
     async def _far_end(self, row: Tunnel) -> socket.socket:
         if row.port is None:
@@ -209,8 +211,8 @@ class Tunnels:
         from heyvm import ssh
 
         seed = self.host_key(row.sandbox_id)
-        if not self._servers.acquire(blocking=False):
-            raise Unavailable(f"there are {MAX_SERVERS} SSH connections")
+        if not self._servers.take(row.sandbox_id):
+            raise Unavailable("there are too many SSH connections")
         ours, theirs = socket.socketpair()
 
         def run() -> None:
@@ -223,12 +225,12 @@ class Tunnels:
                         authorized=row.ssh_public_keys,
                     )
             finally:
-                self._servers.release()
+                self._servers.give_back(row.sandbox_id)
 
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:
-            self._servers.release()
+            self._servers.give_back(row.sandbox_id)
             ours.close()
             theirs.close()
             raise Unavailable(str(error)) from None
@@ -272,6 +274,33 @@ class _Door:
         self._task.cancel()
 
 
+class Shares:
+    """So many of something, of which each sandbox may have as many as are left: one that takes what
+    it can get leaves half, two leave a third, and so there is always some for the next. Safe from
+    any thread."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._taken: defaultdict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+
+    def take(self, sandbox_id: str) -> bool:
+        """One, if there is one for this sandbox."""
+        with self._lock:
+            if self._taken.get(sandbox_id, 0) >= self._left:
+                return False
+            self._left -= 1
+            self._taken[sandbox_id] += 1
+            return True
+
+    def give_back(self, sandbox_id: str) -> None:
+        with self._lock:
+            self._left += 1
+            self._taken[sandbox_id] -= 1
+            if not self._taken[sandbox_id]:
+                del self._taken[sandbox_id]
+
+
 def streams_of_all() -> int:
     """As many as there are descriptors for."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -287,6 +316,8 @@ def main() -> int:
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJ)
     # Keys of tickets are in this memory, and shall not come into a file of it.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if settings.iroh_relay is None:
+        ask_no_router()
     if settings.log_json:
         journal.begin_json("tunnels")
     succeed(settings.data_dir)
@@ -295,6 +326,16 @@ def main() -> int:
     asyncio.run(_run(Tunnels(settings, registry, Shells(lifecycle, _nobody))))
     # Threads of SSH connections may still wait for agents: nobody waits for them.
     os._exit(0)
+
+
+def ask_no_router() -> None:
+    """iroh looks for a router by UPnP for each endpoint, and has it let in the Internet: to shells,
+    which need no password. There is no switch, but nothing else in this process sends datagrams in
+    that way, unless it looks up the name of a relay."""
+    try:
+        seccomp.forbid_addressed_datagrams()
+    except (Unavailable, OSError) as error:
+        say(f"a router with UPnP may be asked to let clients in: {error}")
 
 
 def succeed(data_dir: Path) -> int:

@@ -8,6 +8,8 @@ import contextlib
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +19,7 @@ import pytest
 
 from heyvm import tickets
 from heyvm.errors import Invalid, Unavailable, Unsupported
-from tests.server import PATIENCE
+from tests.server import PATIENCE, REPOSITORY
 
 HOST = "127.0.0.1"
 MANY_BYTES = 24 * 1024 * 1024
@@ -470,3 +472,43 @@ def udp() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.settimeout(5)
     return sock
+
+
+ASKING_NO_ROUTER = """
+import asyncio, os, socket
+from heyvm import tickets, tunnels
+tunnels.ask_no_router()
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    for address in (("239.255.255.250", 1900), ("127.0.0.1", 9)):
+        try:
+            sock.sendto(b"M-SEARCH", address)
+        except PermissionError:
+            print("refused")
+    sock.connect(("127.0.0.1", sock.getsockname()[1] or 9))
+    sock.send(b"")
+async def talk():
+    served = await tickets.Served.open(os.urandom(32), "127.0.0.1", 0, None)
+    ours, theirs = socket.socketpair()
+    task = asyncio.ensure_future(served.serve(lambda stream: stream.carry(theirs), 1, 1))
+    ticket = served.ticket(["127.0.0.1"], served.port("127.0.0.1"))
+    link = await tickets.dial(tickets.url_of(ticket), 10)
+    mine, other = socket.socketpair()
+    carrying = asyncio.ensure_future(link.carry(other))
+    ours.sendall(b"served")
+    print((await asyncio.to_thread(mine.recv, 6)).decode(), flush=True)
+    os._exit(0)
+asyncio.run(talk())
+"""
+
+
+def test_no_router_can_be_asked_to_let_the_internet_in() -> None:
+    """iroh would, by UPnP; what it sends so, the kernel refuses to this process."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING_NO_ROUTER],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=30 * PATIENCE,
+    )
+
+    assert done.stdout.split() == ["refused", "refused", "served"], done.stderr

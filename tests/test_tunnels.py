@@ -21,10 +21,14 @@ from typing import Any, TypeVar
 import pytest
 
 from heyvm import tickets
-from heyvm.errors import HeyvmError, NotFound, Unavailable
+from heyvm.errors import HeyvmError, NotFound, StorageFull, Unavailable
+from heyvm.lifecycle import Lifecycle
+from heyvm.models import Tunnel
 from heyvm.registry import Registry
+from heyvm.settings import Settings
+from heyvm.shells import Shells
 from heyvm.tunnelproc import TunnelProcess
-from heyvm.tunnels import LOCK_NAME
+from heyvm.tunnels import LOCK_NAME, Tunnels
 from tests.server import (
     PATIENCE,
     REPOSITORY,
@@ -574,6 +578,47 @@ def test_a_keeper_that_ends_waits_for_no_answer(data_dir: Path) -> None:
             tunnels.ask({"op": "sync"}, 1)
 
 
+class FullRegistry(Registry):
+    """Of a disk that is full when a port is to be written; `is_full` says until when."""
+
+    is_full = True
+
+    def set_udp_port(self, tunnel_id: str, port: int) -> None:
+        self.tried = port
+        if self.is_full:
+            raise StorageFull("no space left")
+        super().set_udp_port(tunnel_id, port)
+
+
+def test_a_port_that_cannot_be_written_down_is_not_kept(server: Server, ref: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        there = Registry(server.data_dir / "registry.db")
+        there.snapshot(Path(name) / "registry.db")
+        there.close()
+        registry = FullRegistry(Path(name) / "registry.db")
+        for row in registry.tunnels():
+            registry.remove_tunnel(row.id)
+        registry.add_tunnel(Tunnel("tcp-1", ref, "tcp", os.urandom(32), 1.0, port=80), limit=1)
+        settings = Settings(Path(name), Path(name), tunnel_host="127.0.0.1")
+        shells = Shells(Lifecycle(registry, {}, settings), lambda _: {})
+
+        asyncio.run(fill(Tunnels(settings, registry, shells), registry))
+        registry.close()
+
+
+async def fill(tunnels: Tunnels, registry: FullRegistry) -> None:
+    ask = {"op": "tunnel", "id": "tcp-1"}
+    with pytest.raises(StorageFull, match="cannot be served: no space left"):
+        await tunnels.answer(ask)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", registry.tried))
+
+    registry.is_full = False
+    assert (await tunnels.answer(ask))["url"].startswith("heyo://")
+    assert registry.tunnels()[0].udp_port == registry.tried
+    await tunnels.close()
+
+
 def test_a_restore_forgets_every_ticket(server: Server, http: Session, ref: str) -> None:
     tunnel(http, ref)
     with tempfile.TemporaryDirectory() as name:
@@ -695,3 +740,16 @@ def records(server: Server) -> list[Path]:
     """What it has written down but for the registry."""
     found = [*(server.data_dir / "audit").rglob("*"), *server.run_dir.rglob("*")]
     return [path for path in found if path.is_file()]
+
+
+def test_the_process_of_tickets_can_ask_no_router(server: Server, http: Session, ref: str) -> None:
+    """What the filter keeps from it: tests/test_tickets.py."""
+    tunnel(http, ref)
+
+    assert filters(process_of(server)) == filters(server.pid) + 1
+
+
+def filters(pid: int | None) -> int:
+    found = re.search(rb"^Seccomp_filters:\s+([0-9]+)$", read_bytes(f"/proc/{pid}/status"), re.M)
+    assert found is not None
+    return int(found[1])

@@ -30,6 +30,7 @@ LOAD, AND, RETURN = 0x20, 0x54, 0x06
 JUMP, JUMP_EQUAL, JUMP_AT_LEAST = 0x05, 0x15, 0x35
 NR_OFFSET, ARCH_OFFSET, ARGS_OFFSET = 0, 4, 16
 X32_BIT = 0x40000000
+SOCKADDR_IN_BYTES = 16  # IPv4's alone
 LONGEST_CONDITIONAL_JUMP = 255
 LONGEST_PROGRAM = 4096  # BPF_MAXINSNS
 INT = 0xFFFFFFFF
@@ -357,6 +358,19 @@ def _resolve(token: int, name: str) -> int:
             " on Debian and Ubuntu: apt install libseccomp2"
         ) from error
     return int(pyseccomp.resolve_syscall(token, name))
+
+
+def forbid_addressed_datagrams() -> None:
+    """From now on sendto(2) to an IPv4 address gives EPERM in this process, whose only thread this
+    is; connected sockets and sendmsg(2) work. Raises `Unavailable` where there is no libseccomp."""
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError) as error:
+        raise Unavailable(f"libseccomp cannot be used: {error}") from None
+    own = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    length = pyseccomp.Arg(5, pyseccomp.EQ, SOCKADDR_IN_BYTES)
+    own.add_rule(pyseccomp.ERRNO(errno.EPERM), "sendto", length)
+    own.load()
 
 
 def _without_allow(rule: Rule) -> Rule:
