@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import urllib.error
@@ -62,8 +63,8 @@ class Api:
                 return json.loads(answer.read(LONGEST_ANSWER) or b"null")
         except urllib.error.HTTPError as refusal:
             raise _problem(refusal, bool(self.token)) from None
-        except (OSError, ValueError) as error:
-            why = getattr(error, "reason", error)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why = _plain(str(getattr(error, "reason", error)))
             raise Unavailable(f"no API answers at {self.base}: {why}") from None
 
     def _opener(self) -> urllib.request.OpenerDirector:
@@ -122,9 +123,14 @@ def _problem(refusal: urllib.error.HTTPError, had_token: bool) -> HeyvmError:
             return Unauthorized("the API does not take this token")
         return Unauthorized("the API asks for a token: set HEYVM_API_KEY, or say --token-file FILE")
     detail = ""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, http.client.HTTPException):
         detail = str(json.loads(refusal.read(LONGEST_ANSWER)).get("detail", ""))
-    detail = "".join(one if one.isprintable() else "?" for one in detail)[:LONGEST_DETAIL]
+    detail = _plain(detail)
     if refusal.code == 404:
         return NotFound(detail or "the API knows no such sandbox")
     return Unavailable(detail or f"the API answers {refusal.code}")
+
+
+def _plain(text: str) -> str:
+    """On one line, harmless to a terminal: a server's words."""
+    return "".join(one if one.isprintable() else "?" for one in text)[:LONGEST_DETAIL]

@@ -38,6 +38,12 @@ class Watched:
         self._heard = self._looked = time.monotonic()
         self.send, self.close, self.settimeout = sock.send, sock.close, sock.settimeout
 
+    @property
+    def _closed(self) -> bool:
+        """paramiko asks for it at the end of the program, and prints a traceback where it is not
+        there."""
+        return self._sock.fileno() < 0
+
     def recv(self, size: int) -> bytes:
         data = self._sock.recv(size)
         self._heard = time.monotonic()
