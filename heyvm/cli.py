@@ -103,6 +103,8 @@ def parse_client(
     options.words = words[cut + 1 :]
     if options.words and not getattr(options, "shell", False):
         parser.error("a command is for a shell: add --shell")
+    if getattr(options, "shell", False) and options.port is not None:
+        parser.error("--shell and -p exclude each other: a shell, or a port of it here")
     return options, options.command
 
 

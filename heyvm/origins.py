@@ -7,7 +7,6 @@ under a name of theirs, and without it, forms and WebSockets under their own ori
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import re
 import time
 from collections.abc import Mapping
@@ -55,11 +54,15 @@ def _text(path: Path) -> str:
 
 
 def _ipv4(table: str) -> list[Address]:
-    """In fib_trie an address stands on one line, and what it is (`host LOCAL`) on the next."""
-    lines = table.splitlines()
-    found = [
-        line.split()[-1] for line, what in itertools.pairwise(lines) if "/32 host LOCAL" in what
-    ]
+    """In fib_trie an address stands on one line (`|-- ADDRESS`), and what it is on the next ones:
+    `/32 host LOCAL`, once for each interface that has it."""
+    found = dict[str, None]()
+    address = ""
+    for line in table.splitlines():
+        if "|-- " in line:
+            address = line.split()[-1]
+        elif "/32 host LOCAL" in line:
+            found[address] = None
     return [ipaddress.IPv4Address(text) for text in found]
 
 

@@ -50,6 +50,7 @@ KNOWN = (
     Setting("HEYVM_PORTS_GROUP", "", "the group that may use them: that of nginx (`www-data`)"),
     Setting("HEYVM_TUNNEL_HOST", "the API's, or 127.0.0.1", "the IP address of tickets' UDP ports"),
     Setting("HEYVM_TUNNEL_PORTS", "any", "`first-last`: tickets' UDP ports, for a firewall"),
+    Setting("HEYVM_STRICT_TICKETS", "0", "1: tickets that heyvm's own client alone can use"),
     Setting("HEYO_IROH_RELAY_URL", "", "an iroh relay of your own, for clients without a way here"),
     Setting("HEYVM_LOG", "text", "json: each request and event as a line of JSON on stderr"),
     Setting("HEYVM_ALLOW_OPEN", "0", "1: answer other machines without JWT_SECRET"),
@@ -92,6 +93,7 @@ class Settings:
     ports_group: int | None = None
     tunnel_host: str = "0.0.0.0"
     tunnel_ports: tuple[int, int] | None = None
+    strict_tickets: bool = False
     iroh_relay: str | None = None
     log_json: bool = False
     jwt_secret: str | None = None
@@ -141,6 +143,7 @@ def from_env(environ: Mapping[str, str]) -> Settings:
         ports_group=_group(environ, "HEYVM_PORTS_GROUP"),
         tunnel_host=_tunnel_host(environ),
         tunnel_ports=_port_range(environ, "HEYVM_TUNNEL_PORTS"),
+        strict_tickets=_flag(environ, "HEYVM_STRICT_TICKETS"),
         iroh_relay=_relay(environ, "HEYO_IROH_RELAY_URL"),
         log_json=_choice(environ, "HEYVM_LOG", ("text", "json")) == "json",
         jwt_secret=secret,
@@ -344,7 +347,7 @@ def _subnet(environ: Mapping[str, str]) -> str:
 
 def _notices(environ: Mapping[str, str], secret: str | None) -> list[str]:
     lines = [f"{name} is set, but {why}" for name, why in NOT_YET.items() if environ.get(name)]
-    known = {setting.name for setting in KNOWN} | {"HEYVM_DEBUG", "HEYVM_DEV"} | INTERNAL
+    known = {setting.name for setting in KNOWN} | {"HEYVM_DEBUG", "HEYVM_DEV"} | INTERNAL | CLIENTS
     for name in sorted(environ):
         if name.startswith("HEYVM_") and name not in known:
             near = difflib.get_close_matches(name, [one.name for one in KNOWN], 1, cutoff=0.75)
@@ -360,3 +363,5 @@ def _notices(environ: Mapping[str, str], secret: str | None) -> list[str]:
 
 # Set by heyvm for its own processes.
 INTERNAL = frozenset({"HEYVM_HOST", "HEYVM_PORT", "HEYVM_WORKERS", "HEYVM_ALIVE_FD"})
+# Of `heyvm connect` and `heyvm ssh-proxy`.
+CLIENTS = frozenset({"HEYVM_URL", "HEYVM_API_KEY", "HEYVM_CONNECTION_URL"})

@@ -23,6 +23,7 @@ BEAT_S = 3.0  # from an answer of the server to the next question whether it liv
 DEAD_S = 9.0  # after so long without a byte of it, it does not
 STOPPED_S = 4.0  # between two looks: this program was halted, and what came waits to be read
 ANSWER_S = 12.0
+NO_SSH = "no SSH server answers (the ticket of a TCP tunnel is for `-p`, without --shell)"
 LONGEST_REASON = 200
 USER = "heyvm"  # the name that a client logs in with means nothing to the server
 KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -122,7 +123,7 @@ def open_shell(
         else:
             channel.exec_command(command)
     except (EOFError, OSError, SSHException) as error:
-        said = getattr(error, "text", "") or str(error) or type(error).__name__
+        said = getattr(error, "text", "") or str(error) or NO_SSH
         raise Unavailable(f"no shell: {printable(said)}") from None
     return Shell(line, transport, channel)
 
@@ -135,7 +136,7 @@ def _connected(line: Watched) -> Transport:
     negotiated.wait(ANSWER_S)
     if not transport.is_active() or not negotiated.is_set():
         error = transport.get_exception()
-        raise SSHException(transport.goodbye or str(error or "the server does not answer"))
+        raise SSHException(transport.goodbye or str(error or NO_SSH))
     # Any host key will do: the ticket names the key of the endpoint that it leads to, and QUIC has
     # proved that this is who answers. Nobody else can be inside the tunnel.
     return transport

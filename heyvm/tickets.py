@@ -2,13 +2,17 @@
 
 A ticket names an endpoint (its public key) and where it can be reached. One bidirectional QUIC
 stream stands for one TCP connection, byte for byte, half-close included, without any handshake or
-login: whoever knows the ticket is in. Runs in an asyncio loop; one such loop for each process.
+login: whoever knows the endpoint's key is in. iroh shows that key to whoever begins a handshake; so
+there is a strict form too, in which the URL also holds a proof that each stream has to begin with.
+Runs in an asyncio loop; one such loop for each process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
+import hmac
 import ipaddress
 import re
 import socket
@@ -28,7 +32,9 @@ ALPN = b"hey-proxy/tcp/0"
 # stream on which nothing was sent, and there are servers that speak first (MySQL, SMTP).
 ALPN_WITH_START = b"heyvm/tcp/1"
 START = b"\0"
-TICKET = re.compile(r"endpoint[a-z2-7]{20,4096}")
+ALPN_WITH_PROOF = b"heyvm/tcp/1+proof"  # each stream begins with START and the URL's proof
+PROOF_BYTES = 20
+TICKET = re.compile(r"(endpoint[a-z2-7]{20,4096})(?:#([a-z2-7]{32}))?")
 BROKERED = re.compile(r"(?:[^/\s]+:[0-9]{1,5}/)?[A-Za-z0-9_-]{1,63}")
 PIECE_BYTES = 256 * 1024
 ADDRESSES = 8  # in one ticket
@@ -41,18 +47,29 @@ FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 UNSURE_HANDSHAKES = 8
 
 
-def url_of(ticket: str) -> str:
+def url_of(ticket: str, proof: str | None = None) -> str:
     """What a user is given."""
-    return SCHEME + ticket
+    return SCHEME + ticket + (f"#{proof}" if proof else "")
+
+
+def proof_of(secret: bytes) -> str:
+    """What a client of the strict form has to show, of an endpoint with this private key."""
+    proof = hmac.digest(secret, b"proof of a ticket", "sha256")[:PROOF_BYTES]
+    return base64.b32encode(proof).decode().lower()
 
 
 def ticket_of(url: str) -> str:
     """The ticket in a connection URL. `Invalid` says what it is instead."""
+    return _parts_of(url)[0]
+
+
+def _parts_of(url: str) -> tuple[str, str | None]:
+    """The ticket, and the proof of a strict one."""
     if not url.startswith(SCHEME):
         raise Invalid(f"a connection URL begins with {SCHEME}")
     ticket = url.removeprefix(SCHEME).strip().rstrip("/")
-    if TICKET.fullmatch(ticket):
-        return ticket
+    if found := TICKET.fullmatch(ticket):
+        return found[1], found[2]
     if not ticket:
         raise Invalid(f"there is no ticket behind {SCHEME}")
     if BROKERED.fullmatch(ticket):
@@ -146,20 +163,28 @@ class Stream:
 class Served:
     """An endpoint that serves one ticket."""
 
-    def __init__(self, lib: Any, endpoint: iroh.Endpoint, relay: str | None) -> None:
+    def __init__(
+        self, lib: Any, endpoint: iroh.Endpoint, relay: str | None, starts: dict[bytes, bytes]
+    ) -> None:
         self._lib = lib
+        self._starts = starts
         self._endpoint: Any = endpoint
         self._relay = relay
         self._connections: set[Any] = set()
         self._handshakes = 0
 
     @classmethod
-    async def open(cls, secret: bytes, host: str, port: int, relay: str | None) -> Served:
-        """Listen on this UDP port (0: any) of an address, with this private key. `OSError` where
-        the port is taken."""
+    async def open(
+        cls, secret: bytes, host: str, port: int, relay: str | None, *, strict: bool = False
+    ) -> Served:
+        """Listen on this UDP port (0: any) of an address, with this private key. `strict`: for who
+        shows the proof alone. `OSError` where the port is taken."""
         lib = _iroh()
         builder = _builder(lib, relay)
-        builder.alpns([ALPN, ALPN_WITH_START])
+        starts = {ALPN_WITH_PROOF: START + proof_of(secret).encode()}
+        if not strict:
+            starts |= {ALPN: b"", ALPN_WITH_START: START}
+        builder.alpns(list(starts))
         builder.secret_key(secret)
         try:
             for address in _binds(host, port):
@@ -168,7 +193,7 @@ class Served:
         except lib.IrohError as error:
             why = _why_not(host, port) or _said(error)
             raise OSError(f"UDP port {port} of {host} cannot be had: {why}") from None
-        return cls(lib, endpoint, relay)
+        return cls(lib, endpoint, relay, starts)
 
     def port(self, host: str) -> int:
         """The UDP port that it got there; it has another one on the other family's loopback."""
@@ -239,7 +264,7 @@ class Served:
     async def _streams(
         self, connection: Any, served: Callable[[Stream], Awaitable[None]], room: asyncio.Semaphore
     ) -> None:
-        has_start = connection.alpn() == ALPN_WITH_START
+        start = self._starts[connection.alpn()]
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -248,7 +273,7 @@ class Served:
                     await Stream(bi).refuse()
                     continue
                 await room.acquire()
-                task = asyncio.ensure_future(self._stream(bi, served, has_start))
+                task = asyncio.ensure_future(self._stream(bi, served, start))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
                 task.add_done_callback(lambda _: room.release())
@@ -260,14 +285,15 @@ class Served:
                 task.cancel()
 
     async def _stream(
-        self, bi: Any, served: Callable[[Stream], Awaitable[None]], has_start: bool
+        self, bi: Any, served: Callable[[Stream], Awaitable[None]], start: bytes
     ) -> None:
         with suppress(self._lib.IrohError, TimeoutError):
-            if has_start:
+            if start:
                 async with asyncio.timeout(HANDSHAKE_S):
-                    if await bi.recv().read_exact(len(START)) != START:
-                        await Stream(bi).refuse()
-                        return
+                    shown = await bi.recv().read_exact(len(start))
+                if not hmac.compare_digest(shown, start):
+                    await Stream(bi).refuse()
+                    return
             await served(Stream(bi))
 
     async def close(self, reason: bytes) -> None:
@@ -288,11 +314,13 @@ class Served:
 class Link:
     """A connection to a ticket's endpoint."""
 
-    def __init__(self, lib: Any, endpoint: iroh.Endpoint, connection: Any) -> None:
+    def __init__(
+        self, lib: Any, endpoint: iroh.Endpoint, connection: Any, proof: str | None
+    ) -> None:
         self._lib = lib
         self._endpoint = endpoint
         self._connection = connection
-        self._has_start = connection.alpn() == ALPN_WITH_START
+        self._start = b"" if connection.alpn() == ALPN else START + (proof or "").encode()
 
     async def carry(self, sock: socket.socket) -> None:
         """Open a stream, and be the other end of `sock` until both directions are over; closes it.
@@ -300,8 +328,8 @@ class Link:
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 bi = await self._connection.open_bi()
-                if self._has_start:
-                    await bi.send().write_all(START)
+                if self._start:
+                    await bi.send().write_all(self._start)
         except (TimeoutError, self._lib.IrohError):
             why = self.why() or "it takes no more connections"
             raise Unavailable(f"the other side of the ticket is gone: {why}") from None
@@ -323,7 +351,7 @@ class Link:
 async def dial(url: str, timeout: float) -> Link:
     """Connect to whoever serves this ticket. `Invalid` for what is none; `Unavailable` where nobody
     answers within so many seconds."""
-    ticket = ticket_of(url)
+    ticket, proof = _parts_of(url)
     lib = _iroh()
     try:
         address = lib.EndpointTicket.from_string(ticket).endpoint_addr()
@@ -335,7 +363,8 @@ async def dial(url: str, timeout: float) -> Link:
         raise Unavailable(f"no UDP socket can be had: {_said(error)}") from None
     try:
         async with asyncio.timeout(timeout):
-            return Link(lib, endpoint, await _connected(lib, endpoint, address))
+            connection = await _connected(lib, endpoint, address, proof)
+            return Link(lib, endpoint, connection, proof)
     except (TimeoutError, lib.IrohError):
         with suppress(TimeoutError, lib.IrohError):
             async with asyncio.timeout(CLOSE_S):
@@ -346,7 +375,9 @@ async def dial(url: str, timeout: float) -> Link:
         ) from None
 
 
-async def _connected(lib: Any, endpoint: iroh.Endpoint, address: Any) -> Any:
+async def _connected(lib: Any, endpoint: iroh.Endpoint, address: Any, proof: str | None) -> Any:
+    if proof:
+        return await endpoint.connect(address, ALPN_WITH_PROOF)
     try:
         return await endpoint.connect(address, ALPN_WITH_START)
     except lib.IrohError:  # a server that knows the plain form alone

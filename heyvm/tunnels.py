@@ -138,7 +138,9 @@ class Tunnels:
         why = "all are taken"
         for port in _candidates(row, self._settings.tunnel_ports, taken):
             try:
-                return await tickets.Served.open(row.secret, host, port, relay)
+                return await tickets.Served.open(
+                    row.secret, host, port, relay, strict=self._settings.strict_tickets
+                )
             except OSError as error:
                 why = str(error)
         if row.udp_port is None and self._settings.tunnel_ports:
@@ -158,7 +160,9 @@ class Tunnels:
             from heyvm import ssh
 
             host_key = ssh.public_line(await asyncio.to_thread(self.host_key, door.row.sandbox_id))
-        return {"url": tickets.url_of(ticket), "host_key": host_key}
+        strict = self._settings.strict_tickets
+        proof = tickets.proof_of(door.row.secret) if strict else None
+        return {"url": tickets.url_of(ticket, proof), "host_key": host_key}
 
     def _addresses(self) -> list[str]:
         """Where this machine is reached; not by the sandboxes' own network, by loopback last."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from flask.testing import FlaskClient
 
 from heyvm.origins import local_addresses
 from tests.fake_domain import fake_app, problem
+from tests.server import REPOSITORY
 
 pytest_plugins = ["tests.fake_domain"]
 
@@ -201,3 +205,24 @@ def test_the_machine_s_addresses_are_all_found() -> None:
         except OSError:
             pytest.skip("this machine has no route to anywhere")
         assert probe.getsockname()[0] in found
+
+
+ON_TWO_INTERFACES = """
+ip link add v1 type veth peer name v2
+ip link set v1 up; ip link set v2 up
+for at in 9:v1 9:v2 8:v2; do ip addr add 192.0.2.${at%:*}/32 dev ${at#*:}; done
+exec "$0" -c 'from heyvm.origins import local_addresses; print(*local_addresses())'
+"""
+
+
+def test_an_address_that_two_interfaces_have_is_one_of_the_machines() -> None:
+    unshare = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
+    done = subprocess.run(
+        [*unshare, "bash", "-ec", ON_TWO_INTERFACES, sys.executable],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"192.0.2.8", "192.0.2.9"} <= set(done.stdout.split())

@@ -62,6 +62,7 @@ blp = Blueprint("stream", description="A shell in a sandbox, over a WebSocket.")
 
 ENDPOINT = "stream.ShellStream"  # as Flask calls the route
 STDIN = 1
+SIGNALLED = 128  # and the signal's number: the exit code of what a signal has ended
 STDOUT = struct.Struct(">BQ")  # 0x02, and which piece it is
 STDOUT_KIND = 2
 MOST_SEQ = (1 << 64) - 1
@@ -475,6 +476,9 @@ class Session:
                 head = STDOUT.pack(STDOUT_KIND, piece.seq)
                 self._client.send_bytes(head + piece.data)
                 time.sleep(0)  # other requests of this worker have their turn
+            elif piece.exit_code > SIGNALLED and self._has_stopped():
+                # Of its own accord it would have ended otherwise.
+                raise failure("sandbox_stopped", "the sandbox was stopped")
             else:
                 raise Over(NORMAL, {"type": "exit", "code": piece.exit_code})
 
