@@ -248,7 +248,41 @@ def gone() -> BackendFailed:
     return BackendFailed("the connection to the sandbox was closed on this side")
 
 
-class Terminal:
+class Stream:
+    """What a terminal and a command have in common."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._wire = Wire(sock)
+        self._end: Ended | None = None
+
+    def receive(self, timeout: float | None = None) -> Output | Ended | None:
+        """The next piece, None after so many seconds without one. `Taken`, `BackendFailed`."""
+        if self._end is not None:
+            return self._end
+        found = self._wire.next(timeout)
+        if found is None:
+            return None
+        kind, payload = found
+        if kind != frames.HEADER:
+            return self._output(kind, payload)
+        self._end = self._ended(guest.fields_of(payload))
+        return self._end
+
+    def _output(self, kind: int, payload: bytes) -> Output:
+        raise NotImplementedError
+
+    def _ended(self, fields: Fields) -> Ended:
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        return self._wire.sock.fileno()
+
+    def close(self) -> None:
+        """Detach; from any thread, and a `receive` under way then raises `BackendFailed`."""
+        self._wire.close()
+
+
+class Terminal(Stream):
     """A terminal of a sandbox, and the connection that is attached to it.
 
     `fileno` is for a look at whether something has come; then `receive(0)` until it gives None.
@@ -259,12 +293,11 @@ class Terminal:
     lost: int  # pieces up to this one were not acknowledged, and are not kept any more
 
     def __init__(self, sock: socket.socket, session: str) -> None:
+        super().__init__(sock)
         self.session = session
         self.last_seq = self.lost = 0
-        self._wire = Wire(sock)
         self._next: int | None = None  # the number of the piece that is due
         self._acked = 0
-        self._end: Ended | None = None
 
     @classmethod
     def open(
@@ -314,9 +347,6 @@ class Terminal:
         self.lost = guest.number(answer, "lost", 0, self.last_seq)
         return self
 
-    def fileno(self) -> int:
-        return self._wire.sock.fileno()
-
     def send(self, data: bytes) -> None:
         """What is typed. Waits while the program reads nothing; dropped when it has ended, which
         `receive` tells. Raises `BackendFailed` when this is closed."""
@@ -335,20 +365,13 @@ class Terminal:
             self._acked = seq
             self._wire.note({"ack": min(seq, MAX_SEQ)})
 
-    def receive(self, timeout: float | None = None) -> Output | Ended | None:
-        """The next piece, None after so many seconds without one. `Taken`, `BackendFailed`."""
-        if self._end is not None:
-            return self._end
-        found = self._wire.next(timeout)
-        if found is None:
-            return None
-        kind, payload = found
-        if kind == frames.STDOUT:
-            return self._piece(payload)
-        if kind != frames.HEADER:
+    def _output(self, kind: int, payload: bytes) -> Output:
+        if kind != frames.STDOUT:
             raise nonsense("a frame that is no output")
-        self._end = ended(demand_here(guest.fields_of(payload), Subject("the terminal")))
-        return self._end
+        return self._piece(payload)
+
+    def _ended(self, fields: Fields) -> Ended:
+        return ended(demand_here(fields, Subject("the terminal")))
 
     def _piece(self, payload: bytes) -> Output:
         seq, data = int.from_bytes(payload[:SEQ_BYTES], "big"), payload[SEQ_BYTES:]
@@ -360,18 +383,13 @@ class Terminal:
         self._next = seq + 1
         return Output(data, seq)
 
-    def close(self) -> None:
-        """Detach; from any thread, and a `receive` under way then raises `BackendFailed`."""
-        self._wire.close()
 
-
-class Command:
+class Command(Stream):
     """A command that runs without a terminal; closing it ends the command and its family."""
 
     def __init__(self, sock: socket.socket, subject: Subject) -> None:
-        self._wire = Wire(sock)
+        super().__init__(sock)
         self._subject = subject
-        self._end: Ended | None = None
         self._said_all = False
 
     @classmethod
@@ -400,9 +418,6 @@ class Command:
         made._wire.send(frames.header(fields), FRAME_TIMEOUT_S)
         return made
 
-    def fileno(self) -> int:
-        return self._wire.sock.fileno()
-
     def send(self, data: bytes) -> None:
         """For its stdin. Waits while it reads nothing; dropped when it reads no more, or after
         `end_input`. Raises `BackendFailed` when this is closed."""
@@ -416,24 +431,13 @@ class Command:
             self._said_all = True
             self._wire.send(frames.frame(frames.END))
 
-    def receive(self, timeout: float | None = None) -> Output | Ended | None:
-        """As a terminal's."""
-        if self._end is not None:
-            return self._end
-        found = self._wire.next(timeout)
-        if found is None:
-            return None
-        kind, payload = found
-        if kind in (frames.STDOUT, frames.STDERR) and payload:
-            return Output(payload, is_error=kind == frames.STDERR)
-        if kind != frames.HEADER:
+    def _output(self, kind: int, payload: bytes) -> Output:
+        if kind not in (frames.STDOUT, frames.STDERR) or not payload:
             raise nonsense("a frame that is no output")
-        self._end = ended(guest.demand_ok(guest.fields_of(payload), self._subject))
-        return self._end
+        return Output(payload, is_error=kind == frames.STDERR)
 
-    def close(self) -> None:
-        """As a terminal's."""
-        self._wire.close()
+    def _ended(self, fields: Fields) -> Ended:
+        return ended(guest.demand_ok(fields, self._subject))
 
 
 def end_terminal(sock: socket.socket, session: str) -> None:
