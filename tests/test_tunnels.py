@@ -673,7 +673,8 @@ def test_tickets_have_the_address_and_the_ports_that_are_set_and_no_others(
 
 
 def two_free_ports() -> int:
-    for first in range(24000, 32000, 2):
+    # Another worker of pytest may look at the same time.
+    for first in range(24000 + os.getpid() % 1000 * 4, 32000, 2):
         with suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as one:
             one.bind((NARROW_HOST, first))
             with socket.socket(type=socket.SOCK_DGRAM) as other:
