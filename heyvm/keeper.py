@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from heyvm import backends, control, journal, metrics
+from heyvm import backends, control, journal, lives, metrics
 from heyvm.errors import BadRequest, HeyvmError
 from heyvm.images import Images
 from heyvm.lifecycle import Lifecycle
@@ -159,7 +159,7 @@ class Keeper:
                 round_.due = now + round_.period
                 self._try(round_.look)
 
-    def _try(self, look: Callable[[], object]) -> None:
+    def _try(self, look: Callable[[], None]) -> None:
         try:
             look()
         except HeyvmError as error:
@@ -366,7 +366,7 @@ class _Round:
     """One kind of look, and when it is due next (time.monotonic)."""
 
     period: float
-    look: Callable[[], object]
+    look: Callable[[], None]
     due: float = 0.0
 
 
@@ -441,25 +441,9 @@ def is_missing(data_dir: Path) -> bool:
 def spawn(settings: Settings) -> int:
     """Start a keeper in a session of its own; its pid, to be reaped by the caller."""
     alive = os.environ.get("HEYVM_ALIVE_FD")
-    kept = {0, 1, 2} | ({int(alive)} if alive else set())
-    actions: list[tuple[object, ...]] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, 2, 1),
-    ]
-    # Most are closed on exec anyhow; the server's listening sockets are not.
-    actions += [(os.POSIX_SPAWN_CLOSE, number) for number in sorted(_open_descriptors() - kept)]
-    if alive:
-        # Onto itself: that takes away its close-on-exec flag (posix_spawn_file_actions_adddup2(3)).
-        actions.append((os.POSIX_SPAWN_DUP2, int(alive), int(alive)))
-    return os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-m", "heyvm.keeper"],
-        _environment(settings),
-        file_actions=actions,
-        setsid=True,
-        setsigmask=(),
-        setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1),
-    )
+    nothing = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    kept = int(alive) if alive else None
+    return lives.spawn_module("heyvm.keeper", _environment(settings), nothing, kept)
 
 
 def take_lock(data_dir: Path, patience: float = 0.0) -> int | None:
@@ -604,10 +588,6 @@ def _reaped(child: int | None) -> tuple[int | None, bool]:
 def _open_lock(data_dir: Path) -> int:
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.open(data_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _open_descriptors() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
 def _say(text: str) -> None:

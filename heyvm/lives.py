@@ -1,4 +1,5 @@
-"""A process's name for its whole life: what it leaves behind can be told from another's.
+"""How processes of ours are started, and a name for the whole life of one: what it leaves behind
+can be told from another's.
 
 Knows nothing of what is left behind. The standard library alone.
 """
@@ -7,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import sys
+from collections.abc import Mapping
 
 
 def own() -> str:
@@ -48,3 +52,27 @@ def _start(pid: int) -> str | None:
 def _boot() -> str:
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read(8)
+
+
+def spawn_module(
+    module: str, environment: Mapping[str, str], stdin: tuple[object, ...], kept: int | None = None
+) -> int:
+    """Start a module of ours in a session of its own, with stderr for its stdout; its pid, to be
+    reaped by the caller. `stdin` is a file action for descriptor 0; no other is inherited but
+    `kept`."""
+    actions: list[tuple[object, ...]] = [stdin, (os.POSIX_SPAWN_DUP2, 2, 1)]
+    # Most are closed on exec anyhow; the server's listening sockets are not.
+    others = {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, kept}
+    actions += [(os.POSIX_SPAWN_CLOSE, number) for number in sorted(others)]
+    if kept is not None:
+        # Onto itself: that takes away its close-on-exec flag (posix_spawn_file_actions_adddup2(3)).
+        actions.append((os.POSIX_SPAWN_DUP2, kept, kept))
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-m", module],
+        environment,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=(),
+        setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1),
+    )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from heyvm import control
+from heyvm import control, lives
 from heyvm.errors import Unavailable
 
 KILL_S = 3.0
@@ -103,7 +102,8 @@ class _Child:
         self._has_ended = False
         with theirs:
             try:
-                self._pid = _spawn(theirs.fileno(), environment)
+                question = (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0)
+                self._pid = lives.spawn_module("heyvm.tunnels", environment, question)
             except BaseException:
                 self.sock.close()
                 raise
@@ -133,22 +133,3 @@ class _Child:
             while self.runs():  # a thread of its may be about to leave a system call
                 time.sleep(POLL_S)
         self.sock.close()
-
-
-def _spawn(question: int, environment: Mapping[str, str]) -> int:
-    kept = {0, 1, 2}
-    actions: list[tuple[object, ...]] = [
-        (os.POSIX_SPAWN_DUP2, question, 0),
-        (os.POSIX_SPAWN_DUP2, 2, 1),
-    ]
-    others = {int(name) for name in os.listdir("/proc/self/fd")} - kept
-    actions += [(os.POSIX_SPAWN_CLOSE, number) for number in sorted(others)]
-    return os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-m", "heyvm.tunnels"],
-        environment,
-        file_actions=actions,
-        setsid=True,
-        setsigmask=(),
-        setsigdef=(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD),
-    )
