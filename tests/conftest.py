@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -31,6 +33,13 @@ def pytest_configure() -> None:
     default_action = bytes(32)
     for sign in GLIBCS_OWN_SIGNALS if number else ():
         ctypes.CDLL(None).syscall(number, sign, default_action, None, 8)
+
+
+def pytest_collection() -> None:
+    """One of xdist's workers collects a second later than the others: a test whose name tells the
+    time would stop the run sometimes, and now does so always."""
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+        time.sleep(1.1)
 
 
 @pytest.hookimpl(optionalhook=True)

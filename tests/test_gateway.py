@@ -688,7 +688,11 @@ def test_over_tls_the_cookie_is_bound_to_its_host(front: Front) -> None:
     assert front.get("/x", f"Cookie: {pair}", host=PRIVATE).status == 401
 
 
-@pytest.mark.parametrize("token", ["", "x", PASSES.link(OTHER), PASSES.cookie(PRIVATE)])
+@pytest.mark.parametrize(
+    "token",
+    ["", "x", PASSES.link(OTHER), PASSES.cookie(PRIVATE)],
+    ids=["empty", "nonsense", "of another endpoint", "a cookie"],  # a token's text tells the time
+)
 def test_another_link_is_none(token: str, front: Front) -> None:
     answer = front.get(f"/.heyvm/enter?token={token}&to=/x", host=PRIVATE)
 
