@@ -27,9 +27,9 @@ PAUSE_FOR_EVER_S = 30 * 86400
 EXIT_MISCONFIGURED = 2
 CLIENTS = ("connect", "ssh-proxy")
 CONNECT_ABOUT = """\
-With --shell: a shell in this terminal; with a command (joined by spaces and
-read by a shell, as ssh does it), that. What is piped in is its stdin. ~. after
-a newline ends the connection, ~? says what else there is.
+With --shell: a shell in this terminal. With a COMMAND (joined by spaces and read
+by a shell, as ssh does it): that; what is piped in is its stdin. ~. after a
+newline ends the connection, ~? says what else there is.
 
 Without: a port of this machine that leads to where the ticket does. HOST:PORT
 is printed once it listens.
@@ -101,10 +101,13 @@ def parse_client(
     _add_ssh_proxy(commands)
     options = parser.parse_args(words[:cut])
     options.words = words[cut + 1 :]
-    if options.words and not getattr(options, "shell", False):
-        parser.error("a command is for a shell: add --shell")
-    if getattr(options, "shell", False) and options.port is not None:
-        parser.error("--shell and -p exclude each other: a shell, or a port of it here")
+    if options.command is proxy_to:
+        if options.words:
+            options.refuse("it runs no command: ssh does")
+        return options, options.command
+    options.shell = options.shell or bool(options.words)
+    if options.shell and options.port is not None:
+        options.refuse("a shell and -p exclude each other: a shell, or a port of it here")
     return options, options.command
 
 
@@ -184,7 +187,7 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     connect = commands.add_parser(
         "connect",
         help="open a shell in a sandbox, or a port of it here",
-        usage="%(prog)s [options] [TARGET] [--shell [-- COMMAND...]]",
+        usage="%(prog)s [options] [TARGET] [--shell] [-- COMMAND...]",
         description=CONNECT_ABOUT,
         epilog=CONNECT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -211,7 +214,7 @@ def _add_connect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="ADDRESS",
         help="address to listen on (default: 127.0.0.1)",
     )
-    connect.set_defaults(command=connect_to, words=[])
+    connect.set_defaults(command=connect_to, words=[], refuse=connect.error)
 
 
 def _add_ssh_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -224,7 +227,7 @@ def _add_ssh_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_target(proxy, "a connection URL (heyo://...)")
-    proxy.set_defaults(command=proxy_to)
+    proxy.set_defaults(command=proxy_to, refuse=proxy.error)
 
 
 def _add_target(parser: argparse.ArgumentParser, url: str) -> None:

@@ -374,7 +374,8 @@ class Ports:
             await link.carry(sock)
         except HeyvmError as error:
             say(error.detail)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            with suppress(OSError):  # the link may have closed it
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             sock.close()
 
     async def _linked(self) -> Link:

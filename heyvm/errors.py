@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class HeyvmError(Exception):
     """A refusal or failure whose text is meant for whoever sent the request.
@@ -59,6 +61,21 @@ class NotFound(HeyvmError):
 
 class Conflict(HeyvmError):
     """The thing is in a state, or a name is taken, so that this cannot be done."""
+
+
+class NotRunning(Conflict):
+    """The sandbox is not running, and has to be. Says what to do."""
+
+    AFTER: ClassVar = {
+        "paused": "resume it first",
+        "stopping": "start it when it has stopped",
+        "provisioning": "wait until it runs",
+    }
+
+    def __init__(self, slug: str, status: str) -> None:
+        super().__init__(
+            f"sandbox {slug!r} is {status}: {self.AFTER.get(status, 'start it first')}"
+        )
 
 
 class UpgradeRequired(HeyvmError):

@@ -27,6 +27,7 @@ from heyvm.errors import (
     ImageMissing,
     Invalid,
     NotFound,
+    NotRunning,
     StorageFull,
     Unavailable,
 )
@@ -60,7 +61,7 @@ Connect = Callable[[], socket.socket]
 DEFAULT_DIRECTORY = "/workspace"
 STOP_GRACE_S = 10.0
 TURN_PATIENCE_S = 30.0
-LAST_TURN_PATIENCE_S = 5.0
+LAST_TURN_PATIENCE_S = 20.0  # after what was under way has been cut short
 FIRST_LOOK_S = 0.01
 LONGEST_LOOK_S = 0.1
 LONGEST_TTL_S = 100 * 366 * 86_400  # beyond it, expires_at would leave the years that RFC 3339 has
@@ -409,7 +410,7 @@ class Lifecycle:
             if sandbox.status is Status.PAUSED:
                 return sandbox
             if sandbox.status is not Status.RUNNING:
-                raise Conflict(f"sandbox {sandbox.slug!r} is {sandbox.status}: start it first")
+                raise NotRunning(sandbox.slug, sandbox.status)
             # The row first: of the two things that a death in between can leave, a sandbox that is
             # said to be paused and runs is mended by resume; one that hangs explains nothing.
             paused = self._settled_paused(sandbox, True)
@@ -464,7 +465,7 @@ class Lifecycle:
         log.debug("force-stop %s", entry.sandbox.id)
         entry = self.registry.want(entry.sandbox.id, "stopped")
         self._cut_short(entry)
-        with self._last_turn(entry.sandbox):
+        with self._lock(entry.sandbox, patience=LAST_TURN_PATIENCE_S):
             entry = self.registry.entry(entry.sandbox.id)
             if entry.wanted is None and entry.sandbox.status is Status.STOPPED:
                 return entry.sandbox
@@ -637,18 +638,27 @@ class Lifecycle:
         """Remove it with its files, from every state, cutting short whatever is being done."""
         sandbox = self.get(ref)
         log.debug("delete %s", sandbox.id)
+        # Where nobody is at work with it there is nothing to cut short; and the keeper, who sees
+        # that its end is wanted, cannot come first and bury it in nobody's name.
+        held = free = self._try_lock(sandbox.id)
+        if held is None:
+            self._cut_short(self._want_deleted(sandbox, reason))
+            held = self._lock(sandbox, patience=LAST_TURN_PATIENCE_S)
+        with held:
+            try:
+                self._bury(self._want_deleted(sandbox, reason), held)
+            except NotFound:
+                held.discard()
+                if free:
+                    raise
+                # The keeper, or another who deletes it, was quicker.
+
+    def _want_deleted(self, sandbox: Sandbox, reason: str) -> Entry:
         try:
-            entry = self.registry.want(sandbox.id, "deleted", reason=reason)
+            return self.registry.want(sandbox.id, "deleted", reason=reason)
         except StorageFull:
             # Not a byte can be written: what frees the disk comes first.
-            entry = self.registry.entry(sandbox.id)
-        self._cut_short(entry)
-        with self._last_turn(sandbox) as held:
-            try:
-                self._bury(self.registry.entry(sandbox.id), held)
-            except NotFound:
-                # The keeper, or another who deletes it, was quicker.
-                held.discard()
+            return self.registry.entry(sandbox.id)
 
     def _bury(self, entry: Entry, held: SandboxLock) -> None:
         self._end_visit(entry)
@@ -836,12 +846,6 @@ class Lifecycle:
         self._settle_left(entry)
         return self.registry.entry(sandbox_id).sandbox
 
-    @contextmanager
-    def _last_turn(self, sandbox: Sandbox) -> Iterator[SandboxLock]:
-        """The lock for what ends it, after what was under way has been cut short."""
-        with self._lock(sandbox, patience=LAST_TURN_PATIENCE_S) as held:
-            yield held
-
     def _try_lock(self, sandbox_id: str) -> SandboxLock | None:
         self.registry.agree(self.settings.run_dir)
         return locks.try_lock(self._locks, sandbox_id)
@@ -945,7 +949,7 @@ def _on_host(sandbox: Sandbox, warning: str) -> Sandbox:
 
 def _demand_visitable(sandbox: Sandbox) -> None:
     if sandbox.status is Status.PAUSED:
-        raise Conflict(f"sandbox {sandbox.slug!r} is paused: resume it first")
+        raise NotRunning(sandbox.slug, sandbox.status)
     if not sandbox.image_resolved:
         raise Conflict(f"sandbox {sandbox.slug!r} has no files: its image never came; start it")
 

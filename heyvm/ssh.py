@@ -38,6 +38,7 @@ from heyvm.streams import Command, Ended, Terminal
 
 logger = logging.getLogger("heyvm")
 
+SIGNALLED = 128
 FAILED = 255  # what ssh itself exits with when it is not the command that failed
 GRACE_S = 0.5  # for what is under way when its connection has ended
 CHUNK_BYTES = 128 << 10
@@ -306,10 +307,13 @@ class Session:
                 self.channel.close()
 
     def _fail(self, detail: str) -> None:
+        self._tell(detail)
+        self.channel.send_exit_status(FAILED)
+
+    def _tell(self, detail: str) -> None:
         text = "".join(letter if letter.isprintable() else "?" for letter in detail)
         end = "\n" if self._screen is None else "\r\n"
         self.channel.write(f"heyvm: {text}{end}".encode(), is_error=True)
-        self.channel.send_exit_status(FAILED)
 
     def _run_command(self, command: bytes | None) -> None:
         line = LOGIN_SHELL if command is None else decoded(command)
@@ -364,18 +368,28 @@ class Session:
             while not isinstance(piece := stream.receive(), Ended):
                 if piece is not None:
                     self.channel.write(piece.data, is_error=piece.is_error)
+            if piece.exit_code > SIGNALLED:
+                self._tell_stop()
             self.channel.send_exit_status(piece.exit_code & 0xFF)
         except HeyvmError as error:
             if not self.channel.closed:
                 self._fail(self._why(error))
 
+    def _tell_stop(self) -> None:
+        """Who has ended what a signal has ended, where it went with its sandbox."""
+        if told := self._refusal():
+            self._tell(told)
+
     def _why(self, error: HeyvmError) -> str:
         """What has become of the sandbox says more than what has become of a connection."""
+        return self._refusal() or error.detail
+
+    def _refusal(self) -> str:
         try:
             self.desk.inside()
         except HeyvmError as now:
             return now.detail
-        return error.detail
+        return ""
 
     def _serve_files(self) -> None:
         with closing(self.desk.inside().calls()) as calls:

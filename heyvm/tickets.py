@@ -41,6 +41,12 @@ ADDRESSES = 8  # in one ticket
 HANDSHAKE_S = 10.0
 CLOSE_S = 1.0
 RESET = struct.pack("ii", 1, 0)  # linger for no time: the peer is reset
+# With what code a stream is reset. A server inside cannot choose: its own resets are refusals.
+REFUSED, NOBODY_LISTENS, NOT_RUNNING = 1, 2, 3
+REASONS = {
+    NOBODY_LISTENS: "nobody listens on that port inside (yet)",
+    NOT_RUNNING: "the sandbox does not run: start it first",
+}
 LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 # How many handshakes at once of whose client it is not known that it is at its address.
@@ -153,11 +159,11 @@ class Stream:
         """Be the other end of `sock` until both directions are over; closes it."""
         await carry(self._bi.send(), self._bi.recv(), sock)
 
-    async def refuse(self) -> None:
-        """Reset it."""
+    async def refuse(self, code: int = REFUSED) -> None:
+        """Reset it; our own client says why, if `code` is one of `REASONS`."""
         with suppress(Exception):
-            await self._bi.send().reset(1)
-            await self._bi.recv().stop(1)
+            await self._bi.send().reset(code)
+            await self._bi.recv().stop(code)
 
 
 class Served:
@@ -324,7 +330,8 @@ class Link:
 
     async def carry(self, sock: socket.socket) -> None:
         """Open a stream, and be the other end of `sock` until both directions are over; closes it.
-        `Unavailable` where there is no stream to be had."""
+        `Unavailable` where there is no stream to be had (`sock` is as it was), or the other side
+        refused it."""
         try:
             async with asyncio.timeout(HANDSHAKE_S):
                 bi = await self._connection.open_bi()
@@ -333,7 +340,9 @@ class Link:
         except (TimeoutError, self._lib.IrohError):
             why = self.why() or "it takes no more connections"
             raise Unavailable(f"the other side of the ticket is gone: {why}") from None
-        await carry(bi.send(), bi.recv(), sock)
+        fault = await carry(bi.send(), bi.recv(), sock)
+        if fault is not None and (reason := _reason_of_reset(fault)):
+            raise Unavailable(reason)
 
     def is_closed(self) -> bool:
         return self._connection.close_reason() is not None
@@ -387,9 +396,9 @@ async def _connected(lib: Any, endpoint: iroh.Endpoint, address: Any, proof: str
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-async def carry(send: Any, recv: Any, sock: socket.socket) -> None:
+async def carry(send: Any, recv: Any, sock: socket.socket) -> BaseException | None:
     """Bytes both ways between a stream and a socket, and the end of each direction by itself. A
-    reset on one side is one on the other."""
+    reset on one side is one on the other; what it was on the first is returned."""
     sock.setblocking(False)
     ways = [
         asyncio.ensure_future(_to_stream(sock, send)),
@@ -398,7 +407,8 @@ async def carry(send: Any, recv: Any, sock: socket.socket) -> None:
     is_whole = False
     try:
         done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
-        is_whole = all(way.exception() is None for way in done)
+        faults = [fault for way in done if (fault := way.exception())]
+        is_whole = not faults
     finally:
         # First the ways: a write that waits for its reader would have the reset wait as well.
         for way in ways:
@@ -407,6 +417,7 @@ async def carry(send: Any, recv: Any, sock: socket.socket) -> None:
         if not is_whole:
             await _reset(send, recv, sock)
         sock.close()
+    return faults[0] if faults else None
 
 
 async def _to_stream(sock: socket.socket, send: Any) -> None:
@@ -440,7 +451,7 @@ def _authority(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """iroh's own words, fit for a terminal and for one line."""
     text = getattr(error, "message", None)
     return _plain(str(text() if callable(text) else text or error))
@@ -451,6 +462,12 @@ def _reason(text: str) -> str:
     plain = _plain(text)
     found = re.fullmatch(r"closed by peer: (.*) \(code [0-9]+\)", plain)
     return found[1] if found else plain
+
+
+def _reason_of_reset(fault: BaseException) -> str:
+    """Out of iroh's words for it: `Reset(CODE)`, or `Stopped(CODE)`."""
+    found = re.fullmatch(r"(?:Reset|Stopped)\(([0-9]{1,9})\)", _said(fault))
+    return REASONS.get(int(found[1]), "") if found else ""
 
 
 def _plain(text: str) -> str:

@@ -33,7 +33,15 @@ from typing import Any, TypeVar
 
 from heyvm import backends, control, journal, origins, tickets
 from heyvm.backends import seccomp
-from heyvm.errors import HeyvmError, NotFound, StorageFull, Unavailable, Unsupported
+from heyvm.errors import (
+    Conflict,
+    HeyvmError,
+    NotFound,
+    PortClosed,
+    StorageFull,
+    Unavailable,
+    Unsupported,
+)
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import Tunnel
 from heyvm.registry import Registry
@@ -194,6 +202,10 @@ class Tunnels:
             return
         try:
             sock = await self._far_end(row)
+        except PortClosed:
+            await stream.refuse(tickets.NOBODY_LISTENS)
+        except Conflict:
+            await stream.refuse(tickets.NOT_RUNNING)
         except (HeyvmError, OSError):
             await stream.refuse()
         else:

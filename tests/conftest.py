@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from heyvm.backends import trees
 from tests.images import ImageRegistry
-from tests.server import Server, Session
+from tests.server import PARTS, Server, Session
 from tests.server import run as run_in
 
 Record = dict[str, Any]
@@ -26,13 +28,17 @@ RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 GLIBCS_OWN_SIGNALS = (32, 33)  # nptl/internal-signals.h; sigaction(3) refuses to touch them
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """GNU make 4.3 leaves the C library's own signals ignored in what it starts; tests look at
     what a command inherits."""
     number = RT_SIGACTION.get(platform.machine())
     default_action = bytes(32)
     for sign in GLIBCS_OWN_SIGNALS if number else ():
         ctypes.CDLL(None).syscall(number, sign, default_action, None, 8)
+    if PARTS not in os.environ:  # xdist's workers have the one of their parent
+        os.environ[PARTS] = tempfile.mkdtemp(prefix="hv-parts-")
+        os.chmod(os.environ[PARTS], 0o755)
+        config.add_cleanup(lambda: trees.remove(os.environ.pop(PARTS)))
 
 
 def pytest_collection() -> None:

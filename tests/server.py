@@ -32,6 +32,7 @@ STOP_TIMEOUT_S = 30.0 * PATIENCE
 OWN_SETTINGS = ("HEYVM_", "JWT_", "S3_", "MSB_", "API_HOSTNAME", "AUTH_SERVER_URL", "GUNICORN_")
 
 
+PARTS = "HEYVM_TEST_PARTS"  # the directory of what servers share, for the time of a test run
 ORDINARY = 23450  # an ordinary user, of whom /etc/passwd need not know
 
 
@@ -58,6 +59,7 @@ class Server:
         user: int | None = None,
         cwd: Path = Path("/"),
         with_gunicorn: bool = False,
+        own_parts: bool = False,
         **environ: str,
     ) -> None:
         # Short: a unix socket's path has at most 107 bytes.
@@ -68,9 +70,23 @@ class Server:
         self.log_path = self.home / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
+        if PARTS in os.environ and not own_parts:
+            self._share_parts(Path(os.environ[PARTS]))
         if user is not None:
-            os.chown(self.home, user, user)
+            for path in (self.home, *self.home.glob("data")):
+                os.chown(path, user, user)
         self.start()
+
+    def _share_parts(self, shared: Path) -> None:
+        """What a server copies of its host before its first sandbox, and never changes after that,
+        is made once for all servers of the tests that belong to the same user."""
+        self.data_dir.mkdir(mode=0o700)
+        for name in ("bundle", "host"):
+            place = shared / str(self.user) / name
+            place.mkdir(parents=True, exist_ok=True)
+            if self.user is not None:
+                os.chown(place, self.user, self.user)
+            (self.data_dir / name).symlink_to(place)
 
     def __enter__(self) -> Server:
         return self

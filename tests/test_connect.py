@@ -250,7 +250,7 @@ def test_a_shell_reads_a_script_from_a_pipe(place: Place) -> None:
 
 
 def test_who_reads_no_more_ends_the_command(place: Place) -> None:
-    line = shlex.join([*HEYVM, "connect", "--shell", "--", "yes"])
+    line = shlex.join([*HEYVM, "connect", "--", "yes"])
     done = subprocess.run(
         ["bash", "-c", f"{line} </dev/null | head -n 1; exit $PIPESTATUS"],
         env=place.environ(),
@@ -368,12 +368,14 @@ def test_a_local_port_carries_each_connection_to_its_end(place: Place) -> None:
         assert port.end() == f"heyvm: {port.address} leads into the sandbox; Ctrl-C ends it\n"
 
 
-def test_a_local_port_that_leads_to_no_server_resets_who_connects(place: Place) -> None:
+def test_a_local_port_that_leads_to_no_server_resets_who_connects_and_says_why(
+    place: Place,
+) -> None:
     with place.port(place.ref, "-p", "0:7001") as port:
         for _ in range(2):
             with port.connect() as sock, pytest.raises(ConnectionResetError):
                 sock.recv(9)
-        port.end()
+        assert port.end().count("heyvm: nobody listens on that port inside (yet)\n") == 2
 
 
 # -- ends -----------------------------------------------------------------------------------------
@@ -388,6 +390,19 @@ def test_a_ticket_that_is_deleted_ends_its_shell_at_once(place: Place) -> None:
         assert seat.exit_code() == 255
         assert time.monotonic() - began < 5
         assert b"expired or was deleted" in seat.shown.splitlines()[-1]
+
+
+def test_a_shell_is_told_that_its_sandbox_was_stopped(place: Place) -> None:
+    ref = create(place.http, network="none")["id"]
+    with place.seat(ref) as seat, place.port(ref, "-p", "0:7000") as port:
+        seat.until(b"# ")
+        assert place.http.post(f"/sandboxes/{ref}/stop").status_code == 200
+        assert seat.exit_code() == 129
+        assert b"is stop" in seat.shown.splitlines()[-1]
+        with port.connect() as sock, pytest.raises(ConnectionResetError):
+            sock.recv(9)
+        assert "the sandbox does not run: start it first" in port.end()
+    place.http.delete(f"/sandboxes/{ref}")
 
 
 def test_a_ticket_that_is_deleted_ends_ssh_proxy(place: Place) -> None:

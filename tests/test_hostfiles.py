@@ -9,6 +9,7 @@ import stat
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -115,9 +116,13 @@ def test_the_second_call_finds_what_the_first_made(template: Path) -> None:
     assert template.stat().st_mtime_ns == before
 
 
-def test_four_at_once_make_one(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
+def test_four_at_once_make_one_once(tmp_path: Path) -> None:
+    with (
+        mock.patch.object(hostfiles, "_build", wraps=hostfiles._build) as builds,
+        ThreadPoolExecutor(4) as pool,
+    ):
         found = set(pool.map(hostfiles.ensure, [tmp_path] * 4))
+    assert builds.call_count == 1
     assert os.listdir(tmp_path) == [found.pop().name]
     assert not found
 

@@ -12,7 +12,7 @@ from tests.test_cli import heyvm
 
 @pytest.mark.parametrize("user", [None, ORDINARY] if os.geteuid() == 0 else [None])
 def test_purge_leaves_nothing(user: int | None) -> None:
-    with Server(user=user, API_HOSTNAME="sandbox.test") as server:
+    with Server(user=user, own_parts=True, API_HOSTNAME="sandbox.test") as server:
         environ = {
             "HEYVM_DATA_DIR": str(server.data_dir),
             "HEYVM_RUN_DIR": str(server.run_dir),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -17,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ INSIDE = "/.heyvm"
 START = "from heyvm.agent import main; main()"
 OPTIONS = ("-I", "-S", "-B", "-X", "utf8=1")
 OLDEST = (3, 11)
+LIBC = ctypes.CDLL(None, use_errno=True)
 LOADERS = {
     "x86_64": "/lib64/ld-linux-x86-64.so.2",
     "aarch64": "/lib/ld-linux-aarch64.so.1",
@@ -38,6 +39,7 @@ PRELOAD = (b"/etc/ld.so.preload\0", b"/.heyvm/no.preload\0")
 # What the interpreter or the standard library may import on the agent's behalf: an encoding, say.
 LAZY = ("encodings.ascii", "encodings.latin_1", "encodings.utf_8", "os", "stat")
 STALE_S = 60.0
+LOOK_S = 0.01
 TRIALS = 7
 LIMIT_S = 60.0
 
@@ -180,25 +182,22 @@ class Interpreter:
         return f"lib/python{self.version[0]}.{self.version[1]}"
 
 
-# CPython 3.11's parser fails with several threads in it (SystemError: recursion depth mismatch).
-_BUILDING = threading.Lock()
-
-
 def ensure(directory: Path) -> Bundle:
     """The bundle for this machine's Python and this agent, built below `directory` where missing.
 
-    Any number of processes may call at once: each builds aside, the first to finish is used by
-    all, and what a killed one left goes at a later call. A bundle is never changed once it is
-    there; another Python, agent or version makes another one, and sandboxes that run keep theirs.
+    Any number of processes may call at once: one builds aside, the others wait for it, and what a
+    killed one left goes at a later call. A bundle is never changed once it is there; another
+    Python, agent or version makes another one, and sandboxes that run keep theirs.
     Raises `Unavailable` when there is no suitable Python.
     """
     loader = _loader()
     path = directory / _digest(loader)
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
-    with _BUILDING:
-        if not path.is_dir():
-            _build(path, loader)
+    if not path.is_dir():
+        with alone(directory):
+            if not path.is_dir():
+                _build(path, loader)
     return Bundle(path, _argv(INSIDE, loader, START))
 
 
@@ -252,13 +251,34 @@ def sweep(directory: Path) -> None:
 
 def _locked(directory: Path) -> bool:
     """Whether its lock was free to take (and to let go again)."""
+    with _opened(directory) as descriptor:
+        return _try_lock(descriptor)
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Nobody else builds in `directory` meanwhile: a server's workers start at the same moment, and
+    each would make the same. (CPython 3.11's parser also fails with several threads in it.)"""
+    with _opened(directory) as descriptor:
+        while not _try_lock(descriptor):
+            time.sleep(LOOK_S)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    finally:
-        os.close(descriptor)
     return True
 
 
@@ -273,16 +293,15 @@ def _remove(directory: Path) -> None:
 def aside(path: Path) -> Iterator[Path]:
     """A new directory beside `path`, to be filled, which then appears there whole or not at all."""
     made = Path(tempfile.mkdtemp(prefix=f"{path.name}.new-", dir=path.parent))
-    descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield made
-        with contextlib.suppress(FileExistsError):
-            _rename(made, path)
-    finally:
-        if made.exists():
-            _remove(made)
-        os.close(descriptor)
+    with _opened(made) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield made
+            with contextlib.suppress(FileExistsError):
+                _rename(made, path)
+        finally:
+            if made.exists():
+                _remove(made)
 
 
 def _rename(made: Path, path: Path) -> None:
@@ -295,21 +314,12 @@ def _rename(made: Path, path: Path) -> None:
 
 
 def flush(directory: Path) -> None:
-    """A power failure must not leave a directory that is there, and empty files in it."""
-    for top, _, names in os.walk(directory):
-        _sync(top)
-        for name in names:
-            path = os.path.join(top, name)
-            if not os.path.islink(path):
-                _sync(path)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """A power failure must not leave a directory that is there, and empty files in it. The whole
+    file system at once: a call for each of some thousand files takes seconds."""
+    with _opened(directory) as descriptor:
+        if LIBC.syncfs(descriptor):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(directory))
 
 
 def _build(path: Path, loader: str) -> None:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from heyvm.backends.bundle import aside, flush, sweep
+from heyvm.backends.bundle import alone, aside, flush, sweep
 from heyvm.errors import Unavailable
 
 # Read by libraries and common programs, and the same on any machine of the kind. Left out on
@@ -136,7 +136,9 @@ def ensure(directory: Path, *, host: Path = Path("/")) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
     if not path.is_dir():
-        _build(path, host)
+        with alone(directory):
+            if not path.is_dir():
+                _build(path, host)
     return path
 
 
@@ -224,6 +226,8 @@ def _directory(path: Path, mode: int) -> None:
 
 
 def _parents(path: Path, made: Path) -> None:
+    if path.parent.is_dir():
+        return
     for parent in reversed(path.relative_to(made).parents):
         if not (made / parent).exists():
             _directory(made / parent, 0o755)
