@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 
 class HeyvmError(Exception):
     """A refusal or failure whose text is meant for whoever sent the request.
@@ -63,21 +61,6 @@ class Conflict(HeyvmError):
     """The thing is in a state, or a name is taken, so that this cannot be done."""
 
 
-class NotRunning(Conflict):
-    """The sandbox is not running, and has to be. Says what to do."""
-
-    AFTER: ClassVar = {
-        "paused": "resume it first",
-        "stopping": "start it when it has stopped",
-        "provisioning": "wait until it runs",
-    }
-
-    def __init__(self, slug: str, status: str) -> None:
-        super().__init__(
-            f"sandbox {slug!r} is {status}: {self.AFTER.get(status, 'start it first')}"
-        )
-
-
 class UpgradeRequired(HeyvmError):
     """What is there is spoken over a WebSocket only."""
 
@@ -128,3 +111,15 @@ class Unsupported(HeyvmError):
 
 class Misconfigured(HeyvmError):
     """A setting has a value with which the server must not start."""
+
+
+TO_RUN = {
+    "paused": "resume it first",
+    "stopping": "start it when it has stopped",
+    "provisioning": "wait until it runs",
+}
+
+
+def not_running(slug: str, status: str) -> Conflict:
+    """For what needs a sandbox that runs."""
+    return Conflict(f"sandbox {slug!r} is {status}: {TO_RUN.get(status, 'start it first')}")

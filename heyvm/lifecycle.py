@@ -27,9 +27,9 @@ from heyvm.errors import (
     ImageMissing,
     Invalid,
     NotFound,
-    NotRunning,
     StorageFull,
     Unavailable,
+    not_running,
 )
 from heyvm.locks import SandboxLock
 from heyvm.models import (
@@ -410,7 +410,7 @@ class Lifecycle:
             if sandbox.status is Status.PAUSED:
                 return sandbox
             if sandbox.status is not Status.RUNNING:
-                raise NotRunning(sandbox.slug, sandbox.status)
+                raise not_running(sandbox.slug, sandbox.status)
             # The row first: of the two things that a death in between can leave, a sandbox that is
             # said to be paused and runs is mended by resume; one that hangs explains nothing.
             paused = self._settled_paused(sandbox, True)
@@ -949,7 +949,7 @@ def _on_host(sandbox: Sandbox, warning: str) -> Sandbox:
 
 def _demand_visitable(sandbox: Sandbox) -> None:
     if sandbox.status is Status.PAUSED:
-        raise NotRunning(sandbox.slug, sandbox.status)
+        raise not_running(sandbox.slug, sandbox.status)
     if not sandbox.image_resolved:
         raise Conflict(f"sandbox {sandbox.slug!r} has no files: its image never came; start it")
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from heyvm import guest, metrics
 from heyvm.backends.base import Backend
-from heyvm.errors import BackendFailed, Conflict, Invalid, NotRunning
+from heyvm.errors import BackendFailed, Conflict, Invalid, not_running
 from heyvm.guest import ClientGone, base_environment
 from heyvm.models import ExecRequest, ExecResult, Sandbox, Status
 
@@ -93,7 +93,7 @@ class Processes:
 
 def demand_running(sandbox: Sandbox) -> None:
     if sandbox.status is not Status.RUNNING:
-        raise NotRunning(sandbox.slug, sandbox.status)
+        raise not_running(sandbox.slug, sandbox.status)
 
 
 def demand_alive(backend: Backend, sandbox: Sandbox) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from heyvm import guest, journal
-from heyvm.errors import HeyvmError, NotFound, NotRunning, Unavailable
+from heyvm.errors import HeyvmError, NotFound, Unavailable, not_running
 from heyvm.lifecycle import Lifecycle
 from heyvm.models import UP, Endpoint, Sandbox, Status
 from heyvm.registry import IdTaken
@@ -42,7 +42,7 @@ class Proxies:
         """
         with self.lifecycle.turn(ref) as sandbox:
             if sandbox.status is Status.PAUSED:
-                raise NotRunning(sandbox.slug, sandbox.status)
+                raise not_running(sandbox.slug, sandbox.status)
             endpoint = self._add(sandbox, port, is_public)
             try:
                 if sandbox.status is Status.RUNNING:
@@ -109,7 +109,7 @@ class Proxies:
         """An endpoint with a local port that leads to this port, made where there is none."""
         sandbox = self.lifecycle.get(ref)
         if sandbox.status not in UP:
-            raise NotRunning(sandbox.slug, sandbox.status)
+            raise not_running(sandbox.slug, sandbox.status)
         found = self._local(sandbox, port)
         if found is None:
             now = self.registry.clock.wall()

@@ -70,23 +70,10 @@ class Server:
         self.log_path = self.home / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
-        if PARTS in os.environ and not own_parts:
-            self._share_parts(Path(os.environ[PARTS]))
+        self.own_parts = own_parts
         if user is not None:
-            for path in (self.home, *self.home.glob("data")):
-                os.chown(path, user, user)
+            os.chown(self.home, user, user)
         self.start()
-
-    def _share_parts(self, shared: Path) -> None:
-        """What a server copies of its host before its first sandbox, and never changes after that,
-        is made once for all servers of the tests that belong to the same user."""
-        self.data_dir.mkdir(mode=0o700)
-        for name in ("bundle", "host"):
-            place = shared / str(self.user) / name
-            place.mkdir(parents=True, exist_ok=True)
-            if self.user is not None:
-                os.chown(place, self.user, self.user)
-            (self.data_dir / name).symlink_to(place)
 
     def __enter__(self) -> Server:
         return self
@@ -118,6 +105,8 @@ class Server:
 
     def start(self) -> None:
         """Start it (again, on the same directories) and wait until it answers."""
+        if PARTS in os.environ and not self.own_parts and not self.data_dir.exists():
+            self._share_parts(Path(os.environ[PARTS]))
         for attempt in range(5):
             if not self.port or attempt:
                 self.port = free_port()
@@ -128,6 +117,18 @@ class Server:
             except PortTaken:
                 continue
         raise AssertionError("no free port in five tries")
+
+    def _share_parts(self, shared: Path) -> None:
+        """What a server copies of its host before its first sandbox, and never changes after that,
+        is made once for all servers of the tests that belong to the same user."""
+        owner = self.home.stat().st_uid
+        self.data_dir.mkdir(mode=0o700)
+        os.chown(self.data_dir, owner, owner)
+        for name in ("bundle", "host"):
+            place = shared / str(owner) / name
+            place.mkdir(parents=True, exist_ok=True)
+            os.chown(place, owner, owner)
+            (self.data_dir / name).symlink_to(place)
 
     def stop(self, sign: int = signal.SIGTERM) -> float:
         """Ask it to end, and see that it does. The seconds that it took."""

@@ -186,8 +186,8 @@ elif step == "stop after the box is killed":
     lifecycle.registry.settle_stopped = die
 elif step == "force-stop before its turn":
     lifecycle._cut_short = die
-elif step == "delete before its turn":
-    lifecycle._cut_short = die
+elif step == "delete after it is wanted":
+    lifecycle._bury = die
 elif step == "delete before the box is killed":
     backend.destroy = die
 elif step == "delete after the box is killed":
@@ -248,7 +248,7 @@ def test_a_stop_that_was_killed_is_finished(
 
 
 @pytest.mark.parametrize(
-    "moment", ["before its turn", "before the box is killed", "after the box is killed"]
+    "moment", ["after it is wanted", "before the box is killed", "after the box is killed"]
 )
 def test_a_delete_that_was_killed_is_finished(
     tmp_path: Path, lifecycle: Lifecycle, backend: FileBackend, moment: str

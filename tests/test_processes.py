@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from heyvm import guest
-from heyvm.errors import BackendFailed, Conflict, Invalid
+from heyvm.errors import TO_RUN, BackendFailed, Conflict, Invalid
 from heyvm.models import ExecRequest, Sandbox, Status
 from heyvm.processes import Processes, argv_of
 from tests.agents import running_agent
@@ -93,9 +93,7 @@ def test_what_is_sent_wins(execute, tmp_path):
 def test_a_sandbox_that_does_not_run_executes_nothing(one, execute, status):
     one.sandbox = replace(one.sandbox, status=status)
 
-    with pytest.raises(
-        Conflict, match=f"is {status}: {'resume' if status == 'paused' else 'start'} it first"
-    ):
+    with pytest.raises(Conflict, match=f"is {status}: {TO_RUN.get(status, 'start it first')}"):
         execute("true")
 
 
