@@ -270,8 +270,13 @@ class Tunnels:
         return any(end is not None and end <= now for end in ends)
 
     async def close(self) -> None:
-        """Tell everybody."""
-        await asyncio.gather(*(door.close(KEEPER_GONE) for door in self._doors.values()))
+        """Tell everybody. It may be that this is not needed any more, its last row being gone."""
+        names = set(self._doors)
+        with suppress(HeyvmError):
+            names = {row.id for row in await asyncio.to_thread(self._registry.tunnels)}
+        doors = self._doors.items()
+        told = ((door, KEEPER_GONE if name in names else GONE) for name, door in doors)
+        await asyncio.gather(*(door.close(why) for door, why in told))
 
 
 class _Door:

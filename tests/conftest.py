@@ -20,9 +20,11 @@ from tests.server import run as run_in
 
 Record = dict[str, Any]
 
-TOGETHER = (
-    *("test_browser.py", "test_crash_ports.py", "test_faults_ports.py", "test_nginx.py"),
-    *("test_connect.py", "test_shell_stream.py"),
+# Long files, whose tests have a server each or share one that is soon there. Those of any other
+# stay on one worker: each further one would start what they share once more.
+APART = (
+    *("test_crash.py", "test_faults_api.py", "test_faults_time.py", "test_images.py"),
+    *("test_network.py", "test_network_dns.py", "test_server.py"),
 )
 RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
 GLIBCS_OWN_SIGNALS = (32, 33)  # nptl/internal-signals.h; sigaction(3) refuses to touch them
@@ -50,14 +52,13 @@ def pytest_collection() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file that starts much for all of them on one worker. (pytest-xdist 3.8
-    looks for `xdist_group` marks in the ids of tests, where pytest 9.2 lets it write none.)"""
+    """Keep the tests of a file on one worker, but for those `APART`."""
     from xdist.scheduler import LoadGroupScheduling
 
     class ByFile(LoadGroupScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file.endswith(TOGETHER) else nodeid
+            return nodeid if file.endswith(APART) else file
 
     return ByFile(config, log)
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -203,10 +202,8 @@ def test_nothing_that_it_writes_lies_outside(box):
     assert sorted(os.listdir(box.directory)) == ["disk", "disk.img", "status"]
 
 
-def test_a_new_one_takes_next_to_no_disk_and_time(boxes, tiny):
-    began = time.monotonic()
+def test_a_new_one_takes_next_to_no_disk(boxes, tiny):
     box = boxes.start(tiny, limits=Limits(disk_size_gb=250))
-    assert time.monotonic() - began < 2
     assert (box.directory / "disk.img").stat().st_blocks * 512 < 32 * MIB
     boxes.backend.destroy(box.sandbox)
 

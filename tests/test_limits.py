@@ -137,6 +137,8 @@ def test_a_killed_spare_is_replaced_and_leaves_no_group(server, groups, sandbox,
     assert spares and all(is_launcher(pid) for pid in spares)
     for pid in spares:
         os.kill(pid, signal.SIGKILL)
+    # One that has not yet gone could still be given a sandbox, which would go with it.
+    wait_until(lambda: not any(map(is_launcher, spares)), "they are gone")
 
     for _ in range(3):
         assert run(sandbox()["id"], "echo up")["stdout"] == "up\n"
