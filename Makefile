@@ -5,6 +5,9 @@
 # make deploy-test  a bare Debian 12 from install to purge, in a container (deploy/README.md)
 # make bench  what is measured, side by side (bench/README.md)
 
+# Where this is set, all modules would be compiled at each start of a server.
+unexport PYTHONDONTWRITEBYTECODE
+
 PORT ?= 3000
 VENV := .venv
 BIN := $(VENV)/bin

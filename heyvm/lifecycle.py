@@ -463,14 +463,14 @@ class Lifecycle:
             self._end_visit(entry)
             return entry.sandbox
         log.debug("force-stop %s", entry.sandbox.id)
-        entry = self.registry.want(entry.sandbox.id, "stopped")
-        self._cut_short(entry)
-        with self._lock(entry.sandbox, patience=LAST_TURN_PATIENCE_S):
+        wanted = partial(self.registry.want, entry.sandbox.id, "stopped")
+        with self._last_turn(entry.sandbox, wanted):
             entry = self.registry.entry(entry.sandbox.id)
             if entry.wanted is None and entry.sandbox.status is Status.STOPPED:
                 return entry.sandbox
             # Once more: somebody may have finished this stop, and somebody else started it since.
-            entry = self.registry.want(entry.sandbox.id, "stopped")
+            entry = wanted()
+            self._end_visit(entry)
             return self._end(entry.sandbox, grace=0)
 
     def _start(self, sandbox: Sandbox) -> Sandbox:
@@ -638,27 +638,20 @@ class Lifecycle:
         """Remove it with its files, from every state, cutting short whatever is being done."""
         sandbox = self.get(ref)
         log.debug("delete %s", sandbox.id)
-        # Where nobody is at work with it there is nothing to cut short; and the keeper, who sees
-        # that its end is wanted, cannot come first and bury it in nobody's name.
-        held = free = self._try_lock(sandbox.id)
-        if held is None:
-            self._cut_short(self._want_deleted(sandbox, reason))
-            held = self._lock(sandbox, patience=LAST_TURN_PATIENCE_S)
-        with held:
-            try:
-                self._bury(self._want_deleted(sandbox, reason), held)
-            except NotFound:
-                held.discard()
-                if free:
-                    raise
-                # The keeper, or another who deletes it, was quicker.
 
-    def _want_deleted(self, sandbox: Sandbox, reason: str) -> Entry:
-        try:
-            return self.registry.want(sandbox.id, "deleted", reason=reason)
-        except StorageFull:
-            # Not a byte can be written: what frees the disk comes first.
-            return self.registry.entry(sandbox.id)
+        def wanted() -> Entry:
+            try:
+                return self.registry.want(sandbox.id, "deleted", reason=reason)
+            except StorageFull:
+                # Not a byte can be written: what frees the disk comes first.
+                return self.registry.entry(sandbox.id)
+
+        with self._last_turn(sandbox, wanted) as held:
+            try:
+                self._bury(wanted(), held)
+            except NotFound:
+                # The keeper, or another who deletes it, was quicker.
+                held.discard()
 
     def _bury(self, entry: Entry, held: SandboxLock) -> None:
         self._end_visit(entry)
@@ -845,6 +838,15 @@ class Lifecycle:
             return entry.sandbox
         self._settle_left(entry)
         return self.registry.entry(sandbox_id).sandbox
+
+    def _last_turn(self, sandbox: Sandbox, wanted: Callable[[], Entry]) -> SandboxLock:
+        """The lock for what ends it. Whoever has it is told by `wanted`, and cut short. Where
+        nobody has, nobody is told: the keeper could finish it first, in nobody's name."""
+        held = self._try_lock(sandbox.id)
+        if held is None:
+            self._cut_short(wanted())
+            held = self._lock(sandbox, patience=LAST_TURN_PATIENCE_S)
+        return held
 
     def _try_lock(self, sandbox_id: str) -> SandboxLock | None:
         self.registry.agree(self.settings.run_dir)

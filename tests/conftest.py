@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import ctypes
 import os
 import platform
@@ -15,7 +16,7 @@ import pytest
 
 from heyvm.backends import trees
 from tests.images import ImageRegistry
-from tests.server import PARTS, Server, Session
+from tests.server import PARTS, REPOSITORY, Server, Session
 from tests.server import run as run_in
 
 Record = dict[str, Any]
@@ -38,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for sign in GLIBCS_OWN_SIGNALS if number else ():
         ctypes.CDLL(None).syscall(number, sign, default_action, None, 8)
     if PARTS not in os.environ:  # xdist's workers have the one of their parent
+        # For servers of ordinary users, who cannot write it down.
+        compileall.compile_dir(REPOSITORY / "heyvm", quiet=1)
         os.environ[PARTS] = tempfile.mkdtemp(prefix="hv-parts-")
         os.chmod(os.environ[PARTS], 0o755)
         config.add_cleanup(lambda: trees.remove(os.environ.pop(PARTS)))

@@ -12,7 +12,7 @@ import requests
 
 from tests.server import Server, read_bytes, wait_until
 
-DELAYS_S = [step * 0.007 for step in range(12)]
+DELAYS_S = [step * 0.013 for step in range(7)]
 MENDED_WITHIN_S = 5.0
 ID = re.compile(r"sb-[0-9a-f]{8}")
 

@@ -23,7 +23,7 @@ from app import build
 from heyvm import lifecycle, proxies, sockets
 from heyvm.api.parts import Services
 from heyvm.settings import from_env
-from tests.server import Server, Session, create, read_bytes, wait_until
+from tests.server import Server, Session, command_line, create, read_bytes, wait_until
 
 MENDED_WITHIN_S = 10.0
 LINGER_S = 3.0  # what the agent may take to let go of a connection, and a second
@@ -376,9 +376,11 @@ def test_a_kill_at_any_moment_is_mended(victim: str, world: World) -> None:
     for delay in DELAYS_S:
         load = [Load(world) for _ in range(2)]
         time.sleep(0.05 + delay)  # what is killed is killed at another point each time
-        for pid in VICTIMS[victim](world.server):
+        victims = VICTIMS[victim](world.server)
+        for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        wait_until(lambda gone=victims: not any(map(command_line, gone)), "they are gone")
         for one in load:
             one.over.set()
         for one in load:

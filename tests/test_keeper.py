@@ -184,8 +184,8 @@ elif step == "stop before the box is killed":
     backend.stop = die
 elif step == "stop after the box is killed":
     lifecycle.registry.settle_stopped = die
-elif step == "force-stop before its turn":
-    lifecycle._cut_short = die
+elif step == "force-stop after it is wanted":
+    lifecycle._end = die
 elif step == "delete after it is wanted":
     lifecycle._bury = die
 elif step == "delete before the box is killed":
@@ -231,7 +231,11 @@ def test_a_create_that_was_killed_is_failed_and_nothing_of_it_runs(
 
 @pytest.mark.parametrize(
     "step",
-    ["stop before the box is killed", "stop after the box is killed", "force-stop before its turn"],
+    [
+        "stop before the box is killed",
+        "stop after the box is killed",
+        "force-stop after it is wanted",
+    ],
 )
 def test_a_stop_that_was_killed_is_finished(
     tmp_path: Path, lifecycle: Lifecycle, backend: FileBackend, step: str

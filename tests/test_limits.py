@@ -370,9 +370,10 @@ def health_takes(http):
 
 
 @root_only
-def test_fifty_that_spin_leave_the_server_and_their_neighbours_their_pace(http, neighbour):
+def test_fifty_that_spin_leave_the_server_and_their_neighbours_their_pace(http, run, neighbour):
     # Each ends by itself, whatever becomes of this test.
-    spin = "timeout 40 sh -c 'while :; do :; done'"
+    wait = "until [ -e /go ]; do sleep 0.1; done"
+    spin = f"{wait}; timeout 40 sh -c 'while :; do :; done'"
     made = []
     try:
         with ThreadPoolExecutor(4) as pool:
@@ -381,6 +382,8 @@ def test_fifty_that_spin_leave_the_server_and_their_neighbours_their_pace(http, 
             for answer in answers:
                 assert answer.status_code == 201, answer.text
                 made.append(answer.json()["id"])
+        for ref in made:
+            run(ref, "touch /go")
         for _ in range(5):
             neighbour()
         # Below 0.1 s on a machine that does nothing else: bench/ measures it.

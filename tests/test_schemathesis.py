@@ -15,7 +15,7 @@ from heyvm.api import limits
 from tests.server import ORDINARY, REPOSITORY, Server, Session
 
 SEED = "20"
-EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "10")  # per operation; more by hand
+EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "7")  # per operation; more by hand
 CONFIG = """
 [generation]
 database = "none"
