@@ -174,18 +174,6 @@ def answers(server):
         return http.get("/health", timeout=2).ok
 
 
-def test_a_dead_keeper_is_back_within_a_second(server):
-    # What it starts looks like another one for a moment.
-    wait_until(lambda: len(server.keeper_pids()) == 1, "there is a keeper")
-    old = server.keeper_pids()[0]
-    kill([old])
-    wait_until(
-        lambda: [pid for pid in server.keeper_pids() if pid != old],
-        "there is another keeper",
-        timeout=1.5,  # a second, and what the look itself takes
-    )
-
-
 def test_a_client_that_leaves_takes_its_command_with_it(server):
     with server.http() as http:
         path = "/sandboxes/" + http.post("/sandboxes", json={}).json()["id"]

@@ -217,17 +217,6 @@ def sleeping(http: Session, path: str) -> bool:
 # -- surviving -----------------------------------------------------------------------------------
 
 
-def test_a_dead_keeper_is_back_within_a_second(own: Server) -> None:
-    wait_until(lambda: len(own.keeper_pids()) == 1, "a keeper")
-    (before,) = own.keeper_pids()
-
-    os.kill(before, signal.SIGKILL)
-
-    wait_until(
-        lambda: [pid for pid in own.keeper_pids() if pid != before], "a new keeper", timeout=2.0
-    )
-
-
 def test_a_dead_worker_is_replaced_and_the_others_serve_on(own: Server) -> None:
     before = own.worker_pids()
 
