@@ -161,7 +161,7 @@ def test_a_shell_has_the_users_terminal(place: Place) -> None:
         seat.resize(120, 40)
         seat.type(b"until [ \"$(stty size)\" = '40 120' ]; do sleep 0.01; done; echo re''sized\r")
         seat.until(b"resized\r\n")
-        seat.type(b"echo slee''ping; sleep 1000\r")
+        seat.type(b"sh -c 'echo slee\"\"ping; exec sleep 1000'\r")  # said when it has the terminal
         seat.until(b"sleeping\r\n")
         seat.type(b"\x03")
         seat.type(b"echo end-$?\r")
