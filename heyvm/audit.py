@@ -42,7 +42,6 @@ HOUR_S = 3600.0
 SLACK_S = 60.0  # clocks are set back, a little
 RESERVE_BYTES = 1 << 20
 LOW_BYTES = 1 << 16
-TRIES = 10
 KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE of fallocate(2)
 
 ANSWERED, UNDER_WAY, INTERRUPTED = "answered", "in progress", "interrupted"
@@ -303,15 +302,9 @@ def _refusal(error: OSError) -> HeyvmError:
 
 
 def _fallocate(descriptor: int, at: int, size: int) -> bool:
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     numbers = (ctypes.c_int(KEEP_SIZE), ctypes.c_int64(at), ctypes.c_int64(size))
-    for _ in range(TRIES):
-        if libc.fallocate64(ctypes.c_int(descriptor), *numbers) == 0:
-            return True
-        # On a tmpfs any signal stops it: that a child has ended, say.
-        if ctypes.get_errno() != errno.EINTR:
-            break
-    return False
+    return bool(libc.fallocate64(ctypes.c_int(descriptor), *numbers) == 0)
 
 
 def _position(cursor: str | None) -> tuple[str | None, int | None, Sequence[str]]:

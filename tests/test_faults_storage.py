@@ -236,6 +236,7 @@ def test_what_a_sandbox_wrote_is_free_again_when_delete_answers(
 ) -> None:
     with confined.http() as http:
         http.delete(create(http))  # what the first one makes for all
+        wait_until(lambda: list(volume.glob("*/*.ballast")), "the keeper has put room aside")
         before = os.statvfs(volume)
         path = create(http)
         run(
