@@ -121,13 +121,13 @@ class Server:
     def _share_parts(self, shared: Path) -> None:
         """What a server copies of its host before its first sandbox, and never changes after that,
         is made once for all servers of the tests that belong to the same user."""
-        owner = self.home.stat().st_uid
+        home = self.home.stat()
         self.data_dir.mkdir(mode=0o700)
-        os.chown(self.data_dir, owner, owner)
+        os.chown(self.data_dir, home.st_uid, home.st_gid)
         for name in ("bundle", "host"):
-            place = shared / str(owner) / name
+            place = shared / str(home.st_uid) / name
             place.mkdir(parents=True, exist_ok=True)
-            os.chown(place, owner, owner)
+            os.chown(place, home.st_uid, home.st_gid)
             (self.data_dir / name).symlink_to(place)
 
     def stop(self, sign: int = signal.SIGTERM) -> float:
