@@ -99,15 +99,17 @@ def parse_client(
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_connect(commands)
     _add_ssh_proxy(commands)
-    options = parser.parse_args(words[:cut])
+    options, unknown = parser.parse_known_args(words[:cut])
+    if unknown:
+        options.refuse(f"unrecognized: {' '.join(unknown)} (a command comes behind --)")
     options.words = words[cut + 1 :]
     if options.command is proxy_to:
         if options.words:
             options.refuse("it runs no command: ssh does")
         return options, options.command
     options.shell = options.shell or bool(options.words)
-    if options.shell and options.port is not None:
-        options.refuse("a shell and -p exclude each other: a shell, or a port of it here")
+    if options.shell and (options.port is not None or options.to is not None):
+        options.refuse("a shell and a port exclude each other: say --shell, or -p and --to")
     return options, options.command
 
 

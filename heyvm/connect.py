@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import select
 import signal
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from heyvm.errors import HeyvmError, Invalid
+from heyvm.errors import HeyvmError, Invalid, Unavailable
 
 if TYPE_CHECKING:
     from heyvm.sandboxapi import Api
@@ -33,6 +34,7 @@ DIAL_S = 10.0
 CLOSE_S = 1.0
 RETRY_S = 0.1
 LOOK_S = 0.1
+REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 LONGEST_URL = 16 * 1024
 PIECE_BYTES = 256 * 1024
 BACKLOG = 128
@@ -107,7 +109,13 @@ def _url(options: argparse.Namespace) -> str | None:
         given = _first_line()
     elif not given:
         raise Invalid(f"say what to connect to: a connection URL or a sandbox, or {URL_VARIABLE}")
-    return given if given.startswith(SCHEME) else None
+    given = given.strip().strip("'\"")
+    if given.startswith(SCHEME):
+        return given
+    # Not said again, and not asked for: it may be a ticket, which is a secret.
+    if not REF.fullmatch(given):
+        raise Invalid(f"this is neither a connection URL ({SCHEME}...) nor a sandbox's id or slug")
+    return None
 
 
 def _first_line() -> str:
@@ -134,6 +142,7 @@ class Tunnel:
         self._link: Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._refusal = ""
+        self._over = threading.Event()
 
     def stream(self) -> socket.socket:
         """A new stream, as a socket. Raises `HeyvmError`."""
@@ -158,6 +167,12 @@ class Tunnel:
         except HeyvmError as error:
             self._refusal = error.detail
             sock.close()
+        finally:
+            self._over.set()
+
+    def ended(self) -> None:
+        """Wait a moment for what is known of the stream's end."""
+        self._over.wait(CLOSE_S)
 
     def why(self) -> str:
         """Why the connection has ended, if it has and somebody said it."""
@@ -222,6 +237,7 @@ def _copy_both(tunnel: Tunnel) -> int:
         return FAILED
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _wait_for_end(sock, all_sent, tunnel)
+    tunnel.ended()
     if why := tunnel.why():
         say(f"the connection is closed: {why}")
         return FAILED
@@ -331,6 +347,7 @@ class Ports:
         self._link: Link | None = None
         self._dialling = asyncio.Lock()
         self._tasks = set[asyncio.Task[None]]()
+        self._gone = asyncio.Event()
 
     async def run(self) -> int:
         """Until a signal comes; the exit code."""
@@ -340,9 +357,14 @@ class Ports:
         for number in ENDING:
             loop.add_signal_handler(number, _settle, signalled, number)
         serving = loop.create_task(self._serve())
-        await asyncio.wait((serving, signalled), return_when=asyncio.FIRST_COMPLETED)
+        gone = loop.create_task(self._gone.wait())
+        await asyncio.wait((serving, signalled, gone), return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()
+        if gone.done():
+            from heyvm import tickets
+
+            raise Unavailable(tickets.GONE)
         if self._link is not None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._link.close(), CLOSE_S)
@@ -363,9 +385,12 @@ class Ports:
             except OSError:  # no descriptor is left, or whoever connected is gone again
                 await asyncio.sleep(RETRY_S)
                 continue
-            task = loop.create_task(self._carry(sock))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._keep(self._carry(sock))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _carry(self, sock: socket.socket) -> None:
         try:
@@ -387,4 +412,12 @@ class Ports:
                 self._link = None
             if self._link is None:
                 self._link = await tickets.dial(self.target.url(), DIAL_S)
+                self._keep(self._watch(self._link))
             return self._link
+
+    async def _watch(self, link: Link) -> None:
+        """A ticket that is no more is no reason to listen any longer."""
+        from heyvm import tickets
+
+        if await link.ended() == tickets.GONE:
+            self._gone.set()

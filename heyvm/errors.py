@@ -115,7 +115,7 @@ class Misconfigured(HeyvmError):
 
 TO_RUN = {
     "paused": "resume it first",
-    "stopping": "start it when it has stopped",
+    "stopping": "start it when it has stopped, unless it was deleted",
     "provisioning": "wait until it runs",
 }
 

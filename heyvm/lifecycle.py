@@ -464,8 +464,12 @@ class Lifecycle:
             return entry.sandbox
         log.debug("force-stop %s", entry.sandbox.id)
         wanted = partial(self.registry.want, entry.sandbox.id, "stopped")
-        with self._last_turn(entry.sandbox, wanted):
-            entry = self.registry.entry(entry.sandbox.id)
+        with self._last_turn(entry.sandbox, wanted) as held:
+            try:
+                entry = self.registry.entry(entry.sandbox.id)
+            except NotFound:
+                held.discard()
+                raise
             if entry.wanted is None and entry.sandbox.status is Status.STOPPED:
                 return entry.sandbox
             # Once more: somebody may have finished this stop, and somebody else started it since.
@@ -817,6 +821,9 @@ class Lifecycle:
             held = self._lock(sandbox, patience=deadline - time.monotonic())
             try:
                 ready = self._ready(sandbox.id)
+            except NotFound:
+                held.discard()
+                raise
             except BaseException:
                 held.release()
                 raise

@@ -65,7 +65,8 @@ class Api:
             raise _problem(refusal, bool(self.token)) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = _plain(str(getattr(error, "reason", error)))
-            raise Unavailable(f"no API answers at {self.base}: {why}") from None
+            where = f"{self.base} ({API_VARIABLE} or --api-url says where it is)"
+            raise Unavailable(f"no API answers at {where}: {why}") from None
 
     def _opener(self) -> urllib.request.OpenerDirector:
         handlers: list[Any] = [_NoRedirect]

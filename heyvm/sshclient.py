@@ -135,8 +135,9 @@ def _connected(line: Watched) -> Transport:
     transport.start_client(event=negotiated)
     negotiated.wait(ANSWER_S)
     if not transport.is_active() or not negotiated.is_set():
-        error = transport.get_exception()
-        raise SSHException(transport.goodbye or str(error or NO_SSH))
+        error = str(transport.get_exception() or "")
+        is_other = not error or "banner" in error  # paramiko, of a first line that is not SSH's
+        raise SSHException(transport.goodbye or (NO_SSH if is_other else error))
     # Any host key will do: the ticket names the key of the endpoint that it leads to, and QUIC has
     # proved that this is who answers. Nobody else can be inside the tunnel.
     return transport
@@ -176,8 +177,12 @@ def _read_key(path: Path) -> paramiko.PKey:
     try:
         return paramiko.PKey.from_path(os.fspath(path))
     except (OSError, ValueError, TypeError, SSHException, UnknownKeyType) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is locked, or no SSH key"
-        raise Unauthorized(f"{path}: {why}; add it to ssh-agent, or name another") from None
+        if isinstance(error, OSError):
+            raise Unauthorized(f"{path}: {error.strerror}") from None
+        if path.suffix == ".pub":
+            raise Unauthorized(f"{path} is the public half: name the private one") from None
+        why = "it is locked, or no SSH key; add it to ssh-agent, or name another"
+        raise Unauthorized(f"{path}: {why}") from None
 
 
 def printable(text: str) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from heyvm.errors import Invalid, Unavailable, Unsupported
+from heyvm.errors import Invalid, Unauthorized, Unavailable, Unsupported
 
 if TYPE_CHECKING:
     import iroh
@@ -39,13 +39,17 @@ BROKERED = re.compile(r"(?:[^/\s]+:[0-9]{1,5}/)?[A-Za-z0-9_-]{1,63}")
 PIECE_BYTES = 256 * 1024
 ADDRESSES = 8  # in one ticket
 HANDSHAKE_S = 10.0
+# TLS's alert no_application_protocol (RFC 7301, 3.2), in the words of iroh's QUIC.
+NO_SUCH_ALPN = "error 120:"
+NEEDS_PROOF = "the server wants the whole connection URL: what follows the # is missing"
+GONE = "the ticket has expired or was deleted"  # why a server closes a connection for good
 CLOSE_S = 1.0
 RESET = struct.pack("ii", 1, 0)  # linger for no time: the peer is reset
 # With what code a stream is reset. A server inside cannot choose: its own resets are refusals.
 REFUSED, NOBODY_LISTENS, NOT_RUNNING = 1, 2, 3
 REASONS = {
     NOBODY_LISTENS: "nobody listens on that port inside (yet)",
-    NOT_RUNNING: "the sandbox does not run: start it first",
+    NOT_RUNNING: "the sandbox does not run",
 }
 LOOPBACKS = {4: "127.0.0.1", 6: "::1"}
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -79,7 +83,7 @@ def _parts_of(url: str) -> tuple[str, str | None]:
     if not ticket:
         raise Invalid(f"there is no ticket behind {SCHEME}")
     if BROKERED.fullmatch(ticket):
-        raise Invalid("this is the short code of a ticket broker, which heyvm does not use")
+        raise Invalid("this is no ticket (a ticket broker's short code? heyvm uses no broker)")
     raise Invalid("this is no ticket: was it cut off when it was copied?")
 
 
@@ -347,6 +351,10 @@ class Link:
     def is_closed(self) -> bool:
         return self._connection.close_reason() is not None
 
+    async def ended(self) -> str:
+        """Wait for its end; why."""
+        return _reason(await self._connection.closed())
+
     def why(self) -> str:
         """Why it has ended; empty while it has not."""
         return _reason(self._connection.close_reason() or "")
@@ -374,10 +382,12 @@ async def dial(url: str, timeout: float) -> Link:
         async with asyncio.timeout(timeout):
             connection = await _connected(lib, endpoint, address, proof)
             return Link(lib, endpoint, connection, proof)
-    except (TimeoutError, lib.IrohError):
+    except (TimeoutError, lib.IrohError) as error:
         with suppress(TimeoutError, lib.IrohError):
             async with asyncio.timeout(CLOSE_S):
                 await endpoint.close()
+        if proof is None and NO_SUCH_ALPN in repr(error):
+            raise Unauthorized(NEEDS_PROOF) from None
         raise Unavailable(
             "nobody answers at this ticket: it may have expired or been deleted, or its server"
             " cannot be reached from here (UDP)"

@@ -75,7 +75,7 @@ LOOK_S = 0.5
 # A client can have some hundred MB kept by not reading: of all processes, end this one.
 OOM_SCORE_ADJ = "500"
 HOST_KEY = b"ssh host key "
-GONE = b"the ticket has expired or was deleted"
+GONE = tickets.GONE.encode()
 KEEPER_GONE = b"the server's keeper has ended: connect again in a moment"
 
 

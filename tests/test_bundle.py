@@ -148,6 +148,12 @@ def test_eight_at_once_make_one_once(tmp_path: Path) -> None:
     bundle._remove(tmp_path / "bundle")
 
 
+def test_who_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "PATIENCE_S", 0.1)
+    with bundle.alone(tmp_path), bundle.alone(tmp_path):
+        pass
+
+
 def test_what_a_killed_build_left_goes_and_one_under_way_stays(tmp_path: Path) -> None:
     dead, alive, young = (tmp_path / f"abc.new-{name}" for name in ("dead", "alive", "young"))
     for directory in (dead, alive, young):

@@ -40,6 +40,7 @@ PRELOAD = (b"/etc/ld.so.preload\0", b"/.heyvm/no.preload\0")
 LAZY = ("encodings.ascii", "encodings.latin_1", "encodings.utf_8", "os", "stat")
 STALE_S = 60.0
 LOOK_S = 0.01
+PATIENCE_S = 20.0
 TRIALS = 7
 LIMIT_S = 60.0
 
@@ -258,9 +259,11 @@ def _locked(directory: Path) -> bool:
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """Nobody else builds in `directory` meanwhile: a server's workers start at the same moment, and
-    each would make the same. (CPython 3.11's parser also fails with several threads in it.)"""
+    each would make the same. (CPython 3.11's parser also fails with several threads in it.) Who
+    has not finished in time hangs, and is not waited for: it does no harm."""
+    deadline = time.monotonic() + PATIENCE_S
     with _opened(directory) as descriptor:
-        while not _try_lock(descriptor):
+        while not _try_lock(descriptor) and time.monotonic() < deadline:
             time.sleep(LOOK_S)
         yield
 
