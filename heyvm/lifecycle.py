@@ -465,11 +465,7 @@ class Lifecycle:
         log.debug("force-stop %s", entry.sandbox.id)
         wanted = partial(self.registry.want, entry.sandbox.id, "stopped")
         with self._last_turn(entry.sandbox, wanted) as held:
-            try:
-                entry = self.registry.entry(entry.sandbox.id)
-            except NotFound:
-                held.discard()
-                raise
+            entry = self._entry(entry.sandbox.id, held)
             if entry.wanted is None and entry.sandbox.status is Status.STOPPED:
                 return entry.sandbox
             # Once more: somebody may have finished this stop, and somebody else started it since.
@@ -820,10 +816,7 @@ class Lifecycle:
         while True:
             held = self._lock(sandbox, patience=deadline - time.monotonic())
             try:
-                ready = self._ready(sandbox.id)
-            except NotFound:
-                held.discard()
-                raise
+                ready = self._ready(sandbox.id, held)
             except BaseException:
                 held.release()
                 raise
@@ -835,8 +828,8 @@ class Lifecycle:
                 raise Unavailable(self._busy(sandbox), retry_after=2, sandbox_id=sandbox.id)
             time.sleep(locks.LONGEST_PAUSE_S)
 
-    def _ready(self, sandbox_id: str) -> Sandbox | None:
-        entry = self.registry.entry(sandbox_id)
+    def _ready(self, sandbox_id: str, held: SandboxLock) -> Sandbox | None:
+        entry = self._entry(sandbox_id, held)
         if entry.wanted == "stopped":
             return None
         if entry.wanted is not None:
@@ -844,7 +837,15 @@ class Lifecycle:
         if entry.sandbox.status in SETTLED and entry.visit is None:
             return entry.sandbox
         self._settle_left(entry)
-        return self.registry.entry(sandbox_id).sandbox
+        return self._entry(sandbox_id, held).sandbox
+
+    def _entry(self, sandbox_id: str, held: SandboxLock) -> Entry:
+        """Its row. Where it is gone, so is the lock's file, which would stay for ever."""
+        try:
+            return self.registry.entry(sandbox_id)
+        except NotFound:
+            held.discard()
+            raise
 
     def _last_turn(self, sandbox: Sandbox, wanted: Callable[[], Entry]) -> SandboxLock:
         """The lock for what ends it. Whoever has it is told by `wanted`, and cut short. Where

@@ -32,18 +32,27 @@ GLIBCS_OWN_SIGNALS = (32, 33)  # nptl/internal-signals.h; sigaction(3) refuses t
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    take_signals_back()
+    if PARTS not in os.environ:  # xdist's workers have the one of their parent
+        prepare_servers(config)
+
+
+def take_signals_back() -> None:
     """GNU make 4.3 leaves the C library's own signals ignored in what it starts; tests look at
     what a command inherits."""
     number = RT_SIGACTION.get(platform.machine())
     default_action = bytes(32)
     for sign in GLIBCS_OWN_SIGNALS if number else ():
         ctypes.CDLL(None).syscall(number, sign, default_action, None, 8)
-    if PARTS not in os.environ:  # xdist's workers have the one of their parent
-        # For servers of ordinary users, who cannot write it down.
-        compileall.compile_dir(REPOSITORY / "heyvm", quiet=1)
-        os.environ[PARTS] = tempfile.mkdtemp(prefix="hv-parts-")
-        os.chmod(os.environ[PARTS], 0o755)
-        config.add_cleanup(lambda: trees.remove(os.environ.pop(PARTS)))
+
+
+def prepare_servers(config: pytest.Config) -> None:
+    """What each would do anew: compile its modules, where its user cannot write that down, and copy
+    parts of its host."""
+    compileall.compile_dir(REPOSITORY / "heyvm", quiet=1)
+    os.environ[PARTS] = tempfile.mkdtemp(prefix="hv-parts-")
+    os.chmod(os.environ[PARTS], 0o755)
+    config.add_cleanup(lambda: trees.remove(os.environ.pop(PARTS)))
 
 
 def pytest_collection() -> None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,13 +193,18 @@ def ensure(directory: Path) -> Bundle:
     """
     loader = _loader()
     path = directory / _digest(loader)
-    directory.mkdir(parents=True, exist_ok=True)
-    sweep(directory)
-    if not path.is_dir():
-        with alone(directory):
-            if not path.is_dir():
-                _build(path, loader)
+    make_once(path, lambda: _build(path, loader))
     return Bundle(path, _argv(INSIDE, loader, START))
+
+
+def make_once(path: Path, build: Callable[[], None]) -> None:
+    """See that `path` is there, and that what builds of its kind left behind is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    if not path.is_dir():
+        with alone(path.parent):
+            if not path.is_dir():
+                build()
 
 
 def _loader() -> str:

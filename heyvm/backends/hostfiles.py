@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from heyvm.backends.bundle import alone, aside, flush, sweep
+from heyvm.backends.bundle import aside, flush, make_once
 from heyvm.errors import Unavailable
 
 # Read by libraries and common programs, and the same on any machine of the kind. Left out on
@@ -133,12 +133,7 @@ def ensure(directory: Path, *, host: Path = Path("/")) -> Path:
     is looked at. Raises `Unavailable` where /bin and the like are not links into /usr.
     """
     path = directory / _digest(host)
-    directory.mkdir(parents=True, exist_ok=True)
-    sweep(directory)
-    if not path.is_dir():
-        with alone(directory):
-            if not path.is_dir():
-                _build(path, host)
+    make_once(path, lambda: _build(path, host))
     return path
 
 
